@@ -1,0 +1,182 @@
+"""Text to tokens, in one place, for training, strength, sampling, scoring and serving.
+
+A sequence is `tokenise(prompt) + tokenise(response) + end`. The prompt and the response are tokenised apart, so
+the boundary between them is known exactly, no BPE merge crosses it, and a sampled response (which starts after
+the prompt's tokens) is scored on the very tokens that were drawn. The reward is read at the last token.
+
+With a chat template the prompt is the conversation with the generation prompt appended, and `end` is the token
+that the template puts after an assistant turn. Without one, a conversation is written as an HH-RLHF transcript,
+plain text as it is, and `end` is the tokenizer's EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from steelyard.errors import InputError
+from steelyard.types import Message, Preference, Prompt
+
+OnOverlong = Literal["drop", "truncate-prompt", "error"]
+_SPEAKER = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One prompt and the K responses that share it, as token ids (end token included where there is one)."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with the longest response: what counts against the model's context."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Preferences as trees, `index[i]` saying which preference `trees[i]` came from; and what was left out."""
+
+    trees: list[Tree]
+    index: list[int]
+    left_out: dict[int, str]
+
+    def text(self) -> str:
+        """One line on what was left out, empty if nothing was."""
+        kinds: dict[str, int] = {}
+        for reason in self.left_out.values():
+            kinds[reason] = kinds.get(reason, 0) + 1
+        return "; ".join(f"{count} pairs left out: {reason}" for reason, count in sorted(kinds.items()))
+
+
+class Encoder:
+    """The tokenizer with the rules of this file. `max_length` counts prompt and one response, in tokens."""
+
+    def __init__(
+        self, tokenizer: Any, *, max_length: int = 1024, on_overlong: OnOverlong = "truncate-prompt"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.on_overlong = on_overlong
+        self.templated = bool(getattr(tokenizer, "chat_template", None))
+        end_id = self._end_of_turn() if self.templated else tokenizer.eos_token_id
+        if end_id is None:
+            raise InputError("the tokenizer must name an end token (eos_token); set one and save it again")
+        self.end_id = int(end_id)
+        self.pad_id = _pad_id(tokenizer, self.end_id)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, max_length: int = 1024, on_overlong: OnOverlong = "truncate-prompt"
+    ) -> Encoder:
+        """Read the tokenizer saved in a model folder. Raises InputError if there is none."""
+        from transformers import AutoTokenizer
+
+        if not (Path(folder) / "tokenizer_config.json").exists():
+            raise InputError(f"{folder}: a model folder must hold its tokenizer (tokenizer_config.json is missing)")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(tokenizer, max_length=max_length, on_overlong=on_overlong)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Tokens of everything before the response."""
+        if self.templated:
+            turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+            text = self.tokenizer.apply_chat_template(
+                [{"role": t.role, "content": t.content} for t in turns],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        ids = list(self.tokenizer(self._transcript(prompt)).input_ids)
+        return tuple(ids[:-1] if ids and ids[-1] == self.end_id else ids)
+
+    def response_ids(self, text: str, *, ended: bool = True) -> tuple[int, ...]:
+        """Tokens of a response; `ended=False` for one that was cut off and so has no end token."""
+        ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return (*ids, self.end_id) if ended else ids
+
+    def tree(self, prompt: Prompt, responses: Sequence[str]) -> Tree:
+        """Raises OverlongError when the longest response does not fit and the setting does not mend it."""
+        return self.fit(prompt, tuple(self.response_ids(r) for r in responses))
+
+    def fit(self, prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> Tree:
+        """A tree within `max_length`: the oldest turns go first, then the prompt's oldest tokens."""
+        ids = self.prompt_ids(prompt)
+        room = self.max_length - max(map(len, responses))
+        if len(ids) <= room:
+            return Tree(ids, responses)
+        if self.on_overlong != "truncate-prompt" or room < 1:
+            raise OverlongError(
+                f"prompt and response have {len(ids) + self.max_length - room} tokens, more than "
+                f"max_length = {self.max_length}"
+            )
+        while not isinstance(prompt, str) and len(prompt) > 1 and len(ids) > room:
+            prompt = prompt[1:]
+            ids = self.prompt_ids(prompt)
+        return Tree(ids[-room:], responses)
+
+    def encode(self, preferences: Sequence[Preference]) -> Encoded:
+        """Pairs as trees (chosen first). Raises InputError on an over-long pair if `on_overlong` is "error"."""
+        trees, index, left_out = [], [], {}
+        for i, p in enumerate(preferences):
+            try:
+                tree = self.tree(p.prompt, (p.chosen, p.rejected))
+            except OverlongError as error:
+                if self.on_overlong == "error":
+                    raise InputError(
+                        f"{p.source or p.id}: {error}; raise max_length, or use --on-overlong drop|truncate-prompt"
+                    ) from None
+                left_out[i] = "longer than max_length"
+                continue
+            if tree.responses[0] == tree.responses[1]:
+                left_out[i] = "chosen and rejected are the same tokens"
+                continue
+            trees.append(tree)
+            index.append(i)
+        return Encoded(trees, index, left_out)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _transcript(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return "".join(f"\n\n{_SPEAKER[t.role]}: {t.content}" for t in prompt) + "\n\nAssistant:"
+
+    def _end_of_turn(self) -> int | None:
+        """The token after an assistant turn: some templates close turns with another token than EOS."""
+        mark = "wxyzzyw"
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], tokenize=False
+        )
+        tail = self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return int(tail[0]) if tail and tail[0] in special else self.tokenizer.eos_token_id
+
+
+class OverlongError(ValueError):
+    """A pair does not fit into `max_length` tokens."""
+
+
+def _pad_id(tokenizer: Any, end_id: int) -> int:
+    """A padding token that is not the end token.
+
+    transformers pools a classifier at the last token that is not padding: with pad == end it would read the
+    token *before* the end, and a checkpoint would score differently there than here.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if candidate is not None and candidate != end_id:
+            return int(candidate)
+    others = [i for i in tokenizer.all_special_ids if i != end_id]
+    if others:
+        return int(others[0])
+    raise InputError(
+        "the tokenizer has no token to pad with but its end token; add a pad token (tokenizer.add_special_tokens)"
+    )

@@ -1,0 +1,106 @@
+"""Open model folders, with errors that say what to do, and check that shared prefixes hold for the model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from steelyard.data.collate import TreeBatch, collate
+from steelyard.data.encode import Tree
+from steelyard.errors import InputError
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def read_config(folder: str | Path) -> Any:
+    """The model's configuration. Raises InputError if `folder` is not a checkpoint folder."""
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").exists():
+        raise InputError(
+            f"{folder}: not a model folder (config.json is missing). Models are read from local folders in "
+            "Hugging Face's layout; download one first"
+        )
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
+    """`auto.from_pretrained(folder)` in float32 with the attention that shared prefixes need."""
+    read_config(folder)
+    with quiet_loading():
+        return auto.from_pretrained(
+            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' report of new head weights: here they are new on purpose."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def autocast(precision: Precision, device: torch.device) -> Any:
+    """The trunk's arithmetic: float32, or bfloat16 products with float32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def run_trunk(trunk: nn.Module, batch: TreeBatch, precision: Precision = "float32", **kwargs: Any) -> Any:
+    """The backbone's output for rows of trees."""
+    with autocast(precision, batch.ids_BL.device):
+        return trunk(
+            input_ids=batch.ids_BL,
+            attention_mask=batch.attend_B1LL,
+            position_ids=batch.positions_BL,
+            use_cache=False,
+            **kwargs,
+        )
+
+
+@torch.no_grad()
+def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float = 1e-3) -> None:
+    """Raise InputError unless a row of prompt and two responses equals the two sequences computed apart.
+
+    Models with recurrent state, ALiBi, sliding windows shorter than the text or their own masks cannot share a
+    prefix this way; computing on would give wrong numbers without a sign.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocabulary, (n,), generator=generator).tolist())
+
+    device = next(trunk.parameters()).device
+    prompt, first, second = draw(7), draw(5), draw(6)
+    both = collate([Tree(prompt, (first, second))], 0, device)
+    training = trunk.training
+    trunk.eval()
+    try:
+        shared = run_trunk(trunk, both).last_hidden_state[0]
+        for k, response in enumerate((first, second)):
+            ids = torch.tensor([prompt + response], device=device)
+            apart = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+            at = both.at_BKT[0, k, : len(response)]
+            error = (shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max()
+            if not error < tolerance:
+                raise InputError(
+                    f"{type(trunk).__name__}: chosen and rejected cannot share their prompt in this model "
+                    f"(relative difference {float(error):.2g}); Llama, Qwen and GPT-NeoX style models can"
+                )
+    finally:
+        trunk.train(training)

@@ -1,0 +1,122 @@
+"""The reward model: a language model's trunk and one linear head, read at the last token.
+
+Secrets of RLHF II, section 2.1. On disk it is an ordinary `AutoModelForSequenceClassification` folder with
+`num_labels=1`, so it loads anywhere; the head and everything after it are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steelyard.data.collate import TreeBatch, collate, pack
+from steelyard.data.encode import Encoder, Tree
+from steelyard.errors import InputError
+from steelyard.models.load import Precision, check_shared_prefix, open_model, read_config, run_trunk
+
+
+class RewardModel(nn.Module):
+    """Scores the responses of trees. `mean` and `std` are the raw score's on its training data (see `normal`)."""
+
+    def __init__(self, hf: Any, *, precision: Precision = "float32") -> None:
+        super().__init__()
+        self.hf = hf
+        self.precision: Precision = precision
+        check_shared_prefix(self.trunk, hf.config.get_text_config().vocab_size)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The language model without its head."""
+        return self.hf.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear map from a feature to the reward."""
+        return self.hf.score
+
+    @classmethod
+    def from_language_model(
+        cls, folder: str | Path, *, pad_id: int, seed: int, precision: Precision = "float32"
+    ) -> RewardModel:
+        """A new head (seeded) on the trunk of the language model in `folder`; on a reward model, its own head."""
+        from transformers import AutoModelForSequenceClassification
+
+        fresh = not is_reward_model(folder)
+        hf = open_model(AutoModelForSequenceClassification, folder, num_labels=1, pad_token_id=pad_id)
+        if fresh:
+            width = hf.score.weight.shape[1]
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                # Small, so that training starts from margins near zero (std 1 / sqrt(D + 1), as in InstructGPT).
+                hf.score.weight.copy_(torch.randn(hf.score.weight.shape, generator=generator) / (width + 1) ** 0.5)
+        return cls(hf, precision=precision)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, precision: Precision = "float32") -> RewardModel:
+        """Raises InputError if `folder` does not hold a reward model with one output."""
+        from transformers import AutoModelForSequenceClassification
+
+        if not is_reward_model(folder):
+            raise InputError(
+                f"{folder}: holds {read_config(folder).architectures}, not a reward model with one output "
+                "(AutoModelForSequenceClassification, num_labels=1); train one with `steelyard train reward`"
+            )
+        return cls(open_model(AutoModelForSequenceClassification, folder), precision=precision)
+
+    def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
+        """The last layer at each response's last token, float32."""
+        hidden = run_trunk(self.trunk, batch, self.precision).last_hidden_state
+        rows = torch.arange(len(batch.ids_BL), device=hidden.device)[:, None]
+        return hidden[rows, batch.last_BK].float()
+
+    def forward(self, batch: TreeBatch) -> Float[Tensor, "B K"]:
+        """Raw rewards, float32."""
+        return self.head(self.features(batch)).squeeze(-1)
+
+    def values(self, batch: TreeBatch) -> Float[Tensor, "B K T"]:
+        """The head read at the state before each response token: what PPO's critic predicts from."""
+        hidden = run_trunk(self.trunk, batch, self.precision).last_hidden_state
+        rows = torch.arange(len(batch.ids_BL), device=hidden.device)[:, None, None]
+        return self.head(hidden[rows, batch.before_BKT].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 8192) -> Float[np.ndarray, "N K"]:
+        """Raw rewards of many trees, in their order; all must have the same number of responses."""
+        rewards = np.zeros((len(trees), len(trees[0].responses) if trees else 0), dtype=np.float32)
+        training = self.training
+        self.eval()
+        device = self.head.weight.device
+        for group in pack([len(t) for t in trees], max_tokens):
+            batch = collate([trees[i] for i in group], pad_id, device)
+            rewards[group] = self(batch).cpu().numpy()
+        self.train(training)
+        return rewards
+
+    @property
+    def normal(self) -> tuple[float, float]:
+        """(mean, std) of the raw reward on the training pairs, kept in the checkpoint; (0, 1) if never measured."""
+        mean, std = getattr(self.hf.config, "steelyard_reward", (0.0, 1.0))
+        return float(mean), float(std)
+
+    def set_normal(self, mean: float, std: float) -> None:
+        """Record the raw reward's mean and std in the checkpoint's configuration."""
+        self.hf.config.steelyard_reward = [float(mean), float(std)]
+
+    def save(self, folder: Path, encoder: Encoder) -> None:
+        """Write the model with its tokenizer, as transformers reads them."""
+        self.hf.config.pad_token_id = encoder.pad_id
+        self.hf.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+
+
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether the folder holds a one-output sequence classifier."""
+    config = read_config(folder)
+    names = config.architectures or []
+    return any(n.endswith("ForSequenceClassification") for n in names) and config.num_labels == 1

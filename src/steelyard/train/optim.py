@@ -1,0 +1,69 @@
+"""What the training loops share: the optimiser's settings, its schedule, and the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from steelyard.config import Config
+
+
+class OptimConfig(Config):
+    """AdamW with warm-up and linear decay to 0."""
+
+    lr: float = Field(1e-5, gt=0, le=1, description="peak learning rate")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps during which the rate rises from 0")
+    decay: bool = Field(True, description="let the rate fall linearly to 0 by the last step")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """The optimiser over the parameters that are to be trained."""
+        return torch.optim.AdamW(
+            [p for p in parameters if p.requires_grad],
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            weight_decay=self.weight_decay,
+        )
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of step 0, 1, ..., total - 1."""
+        rising = max(1, round(self.warmup * total))
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        return self.lr * ((total - step) / max(1, total - rising) if self.decay else 1.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Write the learning rate into every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n examples in one epoch: a function of (seed, epoch) alone, so that a resumed run agrees."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def total_steps(n: int, batch_size: int, epochs: float) -> int:
+    """Steps of `epochs` passes; the last batch of a pass may be smaller."""
+    per_epoch = -(-n // batch_size)
+    return max(1, round(per_epoch * epochs))
+
+
+def batches(n: int, batch_size: int, seed: int, first_step: int, steps: int) -> Iterator[list[int]]:
+    """Example numbers of each step from `first_step` (0-based) to the last."""
+    per_epoch = -(-n // batch_size)
+    epoch, order = -1, []
+    for step in range(first_step, steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(n, seed, epoch)
+        at = (step % per_epoch) * batch_size
+        yield order[at : at + batch_size]
