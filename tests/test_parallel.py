@@ -106,7 +106,7 @@ def test_workers_have_their_own_environment_and_process(monkeypatch: pytest.Monk
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     seen = run_jobs(surroundings, [(), (), ()], workers=2, threads=2, preload=())
     assert len({pid for pid, _, _ in seen} | {os.getpid()}) == 4
-    assert {rest for _, *rest in map(tuple, seen) for rest in [tuple(rest)]} == {("2", "1")}
+    assert {(threads, quiet) for _, threads, quiet in seen} == {("2", "1")}
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "STEELYARD_QUIET" not in os.environ
 

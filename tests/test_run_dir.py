@@ -101,7 +101,8 @@ def test_a_refused_folder_is_not_left_locked(tmp_path: Path) -> None:
 
 def test_log_lines_are_sorted_and_exact(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, Settings(), resume=False) as run:
-        run.log(3, {"z": 0.1 + 0.2, "a": 1, "m": np.float32(0.1)})
+        single: Any = np.float32(0.1)
+        run.log(3, {"z": 0.1 + 0.2, "a": 1, "m": single})
         run.time(3, {"seconds": 2.0})
         run.sample(3, {"prompt": "line\u2028break \ud800", "response": ["ü"]})
     assert (tmp_path / "metrics.jsonl").read_text() == (
