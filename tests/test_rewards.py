@@ -1,0 +1,212 @@
+"""Rewards: hand-derived numbers, what contrastive rewards provably do, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from steelyard.rewards import RunningScale, clip, contrastive, missing_eos, token_rewards
+
+
+def test_contrastive_by_hand():
+    # 5 - (1 + 2 + 6)/3 and 0 - (-1 - 1 - 4)/3.
+    got = contrastive(torch.tensor([5.0, 0.0]), torch.tensor([[1.0, 2, 6], [-1, -1, -4]]))
+    assert got.tolist() == [2.0, 2.0]
+
+
+def test_contrastive_refuses_baselines_that_do_not_fit():
+    for baselines in (torch.ones(2), torch.ones(3, 2), torch.ones(2, 0), torch.ones(1, 3)):
+        with pytest.raises(ValueError, match="baselines must be"):
+            contrastive(torch.ones(2), baselines)
+
+
+def test_a_prompts_own_offset_cancels():
+    rewards, baselines = torch.tensor([1.0, 2.0]), torch.tensor([[0.0, 1.0], [3.0, 5.0]])
+    offset = torch.tensor([4.0, -8.0])
+    assert torch.equal(contrastive(rewards + offset, baselines + offset[:, None]), contrastive(rewards, baselines))
+
+
+@pytest.mark.parametrize(("c0", "c1"), [(0.0, 0.0), (0.3, 0.1), (0.2, 0.5)])
+def test_flip_rates_of_a_prompt_cancel_or_shrink(c0: float, c1: float):
+    # A binary true reward, seen through flip rates c0 = P(1|0) and c1 = P(0|1): the expected contrastive reward is
+    # (1 - c0 - c1) (P(r* = 1) - P(r*_base = 1)), the bias c0 gone. Here P = 0.7 against 0.4.
+    rng = np.random.default_rng(1)
+    n, k = 200_000, 3
+
+    def seen(truth: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.where(rng.random(truth.shape) < np.where(truth, c1, c0), ~truth, truth)).float()
+
+    raw, base = seen(rng.random(n) < 0.7), seen(rng.random((n, k)) < 0.4)
+    got = contrastive(raw, base).mean().item()
+    # The standard error is at most sqrt(1/4 + 1/12) / sqrt(n) = 0.0013; 5 of them.
+    assert got == pytest.approx((1 - c0 - c1) * 0.3, abs=0.0065)
+    # Raw rewards do carry the bias: c0 + (1 - c0 - c1) 0.7.
+    assert raw.mean().item() == pytest.approx(c0 + (1 - c0 - c1) * 0.7, abs=0.0065)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_variance_falls_from_between_plus_within_to_within_times_one_plus_one_over_k(k: int):
+    # Policy = SFT: r = prompt offset (tau = 2) + response (s = 0.5).
+    rng = np.random.default_rng(2)
+    n, tau, s = 100_000, 2.0, 0.5
+    offset = rng.normal(scale=tau, size=(n, 1))
+    scores = torch.from_numpy(offset + rng.normal(scale=s, size=(n, k + 1)))
+    raw, base = scores[:, 0], scores[:, 1:]
+    # The relative standard error of a variance is sqrt(2/n) = 0.0045; 5 of them.
+    assert raw.var().item() == pytest.approx(tau**2 + s**2, rel=0.0225)
+    assert contrastive(raw, base).var().item() == pytest.approx(s**2 * (1 + 1 / k), rel=0.0225)
+
+
+# Scaling
+
+R, C = torch.tensor([3.0, -1.0]), torch.tensor([0.5, -1.5])
+
+
+def test_scale_modes_by_hand():
+    # mean |r| = 2, mean |c| = 1, mean r = 1, mean c = -1/2.
+    factors = {}
+    for mode in ("none", "abs", "signed"):
+        scale = RunningScale(mode, warmup=1)
+        scale.update(R, C)
+        factors[mode] = scale.factor
+    assert factors == {"none": 1.0, "abs": 2.0, "signed": -2.0}
+
+
+def test_scaled_rewards_return_to_the_original_scale():
+    rng = np.random.default_rng(0)
+    scale = RunningScale(warmup=1)
+    raw = torch.from_numpy(rng.normal(scale=8, size=1000))
+    small = torch.from_numpy(rng.normal(scale=0.1, size=1000))
+    scale.update(raw, small)
+    assert (small * scale.factor).abs().mean().item() == pytest.approx(raw.abs().mean().item(), rel=1e-12)
+
+
+def test_the_floor_keeps_the_factor_finite():
+    # mean |c| = 0 and mean c = 0: the divisor is the floor, so 2 / 0.5 and 1 / 0.5.
+    for mode, expected in (("abs", 4.0), ("signed", 2.0)):
+        scale = RunningScale(mode, floor=0.5, warmup=1)
+        scale.update(R, torch.zeros(2))
+        assert scale.factor == expected
+    signed = RunningScale("signed", floor=0.5, warmup=1)
+    signed.update(R, torch.tensor([-0.25, 0.0]))
+    # The floor keeps the sign: mean c = -1/8 becomes -1/2.
+    assert signed.factor == -2.0
+
+
+def test_the_warmup_counts_examples():
+    scale = RunningScale(warmup=4)
+    assert scale.factor == 1.0
+    scale.update(R, C)
+    assert scale.factor == 1.0
+    scale.update(R, C)
+    assert scale.factor == 2.0
+
+
+def test_batches_may_be_split_anywhere():
+    rng = np.random.default_rng(0)
+    r, c = torch.from_numpy(rng.normal(size=(2, 40)))
+    whole, parts = RunningScale(warmup=1), RunningScale(warmup=1)
+    whole.update(r, c)
+    for low, high in ((0, 1), (1, 30), (30, 40)):
+        parts.update(r[low:high], c[low:high])
+    assert parts.factor == pytest.approx(whole.factor, rel=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["abs", "signed"])
+def test_a_restored_scale_continues_bit_for_bit(mode: str):
+    rng = np.random.default_rng(3)
+    batches = torch.from_numpy(rng.normal(size=(6, 2, 7)))
+    straight, first = RunningScale(mode, warmup=1), RunningScale(mode, warmup=1)
+    for r, c in batches:
+        straight.update(r, c)
+    for r, c in batches[:3]:
+        first.update(r, c)
+    resumed = RunningScale(mode, warmup=1)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for r, c in batches[3:]:
+        resumed.update(r, c)
+    assert resumed.state_dict() == straight.state_dict()
+    assert resumed.factor == straight.factor != 1.0
+
+
+def test_a_saved_state_stays_as_it_was():
+    scale = RunningScale(warmup=1)
+    scale.update(R, C)
+    saved = scale.state_dict()
+    scale.update(R, C)
+    assert (saved["count"], scale.state_dict()["count"]) == (2.0, 4.0)
+
+
+def test_bad_values_never_reach_the_running_means():
+    scale = RunningScale(warmup=1)
+    with pytest.raises(ValueError, match="finite"):
+        scale.update(torch.tensor([math.nan]), torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="pair up"):
+        scale.update(torch.ones(2), torch.ones(1))
+    assert scale.state_dict()["count"] == 0
+    with pytest.raises(ValueError, match="the state must hold"):
+        scale.load_state_dict({"count": 1.0})
+    with pytest.raises(ValueError, match="the state must hold"):
+        scale.load_state_dict({**scale.state_dict(), "reward": math.nan})
+    for bad in ({"mode": "ratio"}, {"floor": 0.0}, {"floor": math.inf}, {"warmup": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            RunningScale(**bad)
+
+
+# Shaping
+
+
+def test_clip_by_hand():
+    got = clip(torch.tensor([-3.0, -0.5, 0.8, 3.0, math.nan]), 0.8)
+    assert_close(got, torch.tensor([-0.8, -0.5, 0.8, 0.8, math.nan]), equal_nan=True)
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="> 0"):
+            clip(torch.ones(1), limit)
+
+
+def test_missing_eos_by_hand():
+    got = missing_eos(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), penalty=3.0)
+    assert got.tolist() == [1.0, -2.0]
+    with pytest.raises(ValueError, match=">= 0"):
+        missing_eos(torch.ones(1), torch.ones(1, dtype=torch.bool), penalty=-1.0)
+
+
+def test_token_rewards_by_hand():
+    # kl_coef 1/2; row 0 has three real tokens and score 10, row 1 one real token and score -4.
+    kl = torch.tensor([[2.0, 0.0, -2.0], [4.0, math.nan, 7.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    got = token_rewards(torch.tensor([10.0, -4.0]), kl, mask, kl_coef=0.5)
+    assert got.tolist() == [[-1.0, 0.0, 11.0], [-6.0, 0.0, 0.0]]
+
+
+def test_token_rewards_add_up_to_the_penalised_score():
+    # Eq. 3: the sum over tokens is r - kl_coef * KL, wherever the response ends and however wide the batch is.
+    rng = np.random.default_rng(0)
+    lengths = [1, 4, 7]
+    kl, scores = rng.normal(size=(3, 7)), rng.normal(size=3)
+    mask = np.arange(7) < np.array(lengths)[:, None]
+    got = token_rewards(torch.from_numpy(scores), torch.from_numpy(kl), torch.from_numpy(mask), kl_coef=0.1)
+    wide = token_rewards(
+        torch.from_numpy(scores),
+        torch.from_numpy(np.pad(kl, ((0, 0), (0, 5)), constant_values=9.0)),
+        torch.from_numpy(np.pad(mask, ((0, 0), (0, 5)))),
+        kl_coef=0.1,
+    )
+    for b, n in enumerate(lengths):
+        expected = scores[b] - 0.1 * sum(kl[b, t] for t in range(n))
+        assert got[b].sum().item() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(wide[:, :7], got)
+    assert (wide[:, 7:] == 0).all()
+
+
+def test_an_empty_response_would_lose_its_score():
+    mask = torch.tensor([[True, False], [False, False]])
+    with pytest.raises(ValueError, match=r"none in rows \[1\]"):
+        token_rewards(torch.ones(2), torch.zeros(2, 2), mask, kl_coef=0.1)
+    with pytest.raises(ValueError, match="must be"):
+        token_rewards(torch.ones(3), torch.zeros(2, 2), mask, kl_coef=0.1)
