@@ -43,11 +43,11 @@ def swapped(preferences: list[Preference]) -> list[int]:
 # Recipes
 
 
-def test_keep_changes_nothing():
+def test_keep_changes_nothing() -> None:
     assert repair(PAIRS, STRENGTHS, RepairOptions()) == (PAIRS, [])
 
 
-def test_flip_takes_the_weakest():
+def test_flip_takes_the_weakest() -> None:
     # floor(0.4 * 5) = 2: the means -3 and -0.25. floor(0.39 * 5) = 1.
     got = run("flip", q=0.4)
     assert swapped(got) == [1, 3]
@@ -57,20 +57,20 @@ def test_flip_takes_the_weakest():
     assert swapped(run("flip", q=0.0)) == []
 
 
-def test_margin_follows_the_strength():
+def test_margin_follows_the_strength() -> None:
     # Scale 1/2: 1, -1.5, 0.25, -0.125, 4.5, bounded to 2.
     assert [p.margin for p in run("margin", margin_scale=0.5)] == [1.0, -1.5, 0.25, -0.125, 2.0]
     assert [p.margin for p in run("margin", margin_cap=1.0)] == [1.0, -1.0, 0.5, -0.25, 1.0]
     assert [p.margin for p in run("margin", negative_margins="zero")] == [2.0, 0.0, 0.5, 0.0, 2.0]
 
 
-def test_after_a_flip_the_strength_of_the_new_label_is_the_absolute_mean():
+def test_after_a_flip_the_strength_of_the_new_label_is_the_absolute_mean() -> None:
     got = run("flip+margin", q=0.2, margin_cap=100.0)
     assert swapped(got) == [1]
     assert [p.margin for p in got] == [2.0, 3.0, 0.5, -0.25, 9.0]
 
 
-def test_soft_labels_only_below_zero_and_margins_everywhere():
+def test_soft_labels_only_below_zero_and_margins_everywhere() -> None:
     got = run("soft+margin", margin_cap=100.0)
     assert swapped(got) == []
     assert [p.flip_prob for p in got] == [0.0, 0.9, 0.0, 0.6, 0.0]
@@ -80,12 +80,12 @@ def test_soft_labels_only_below_zero_and_margins_everywhere():
     assert [p.margin for p in run("soft+margin", negative_margins="zero")] == [2.0, 0.0, 0.5, 0.0, 2.0]
 
 
-def test_drop_keeps_the_order_of_the_rest():
+def test_drop_keeps_the_order_of_the_rest() -> None:
     assert [p.id for p in run("drop", q=0.4)] == ["p0", "p2", "p4"]
     assert run("drop", q=1.0) == []
 
 
-def test_soft_targets_by_hand():
+def test_soft_targets_by_hand() -> None:
     # sigmoid(-ln 3) = 1/4, sigmoid(ln 3) = 3/4; a mean of 1000 does not overflow.
     pairs = [pair(0), pair(1), pair(2), pair(3)]
     strengths = [strength(m) for m in (LN3, -LN3, 1000.0, -1000.0)]
@@ -93,7 +93,7 @@ def test_soft_targets_by_hand():
     assert [p.flip_prob for p in got] == pytest.approx([0.25, 0.75, 0.0, 1.0], abs=1e-12)
 
 
-def test_random_flip_draws_as_many_as_flip_and_follows_the_seed():
+def test_random_flip_draws_as_many_as_flip_and_follows_the_seed() -> None:
     pairs = [pair(i) for i in range(200)]
     strengths = [strength(float(i)) for i in range(200)]
 
@@ -106,7 +106,7 @@ def test_random_flip_draws_as_many_as_flip_and_follows_the_seed():
     assert 50 < np.mean(draw(0)) < 150
 
 
-def test_oracle_flip_swaps_exactly_the_wrong_ones():
+def test_oracle_flip_swaps_exactly_the_wrong_ones() -> None:
     assert swapped(run("oracle flip", wrong={"p0", "p3"})) == [0, 3]
     assert swapped(run("oracle flip", wrong=set())) == []
     with pytest.raises(InputError, match="such as 'p9'"):
@@ -118,31 +118,31 @@ def test_oracle_flip_swaps_exactly_the_wrong_ones():
 # Selection
 
 
-def test_a_whole_number_of_pairs_loses_none_to_rounding():
+def test_a_whole_number_of_pairs_loses_none_to_rounding() -> None:
     # 0.29 * 100 = 28.999999999999996 in floating point.
     pairs, strengths = [pair(i) for i in range(100)], [strength(float(-i)) for i in range(100)]
     assert 0.29 * 100 < 29
     assert len(denoise.drop(pairs, strengths, q=0.29)[0]) == 71
 
 
-def test_ties_go_by_position():
+def test_ties_go_by_position() -> None:
     strengths = [strength(m) for m in (1.0, -1.0, -1.0, -1.0, 0.0)]
     assert swapped(denoise.flip(PAIRS, strengths, q=0.4)[0]) == [1, 2]
 
 
-def test_a_bound_is_strict():
+def test_a_bound_is_strict() -> None:
     assert swapped(denoise.flip(PAIRS, STRENGTHS, below=-0.25)[0]) == [1]
     assert swapped(denoise.flip(PAIRS, STRENGTHS, below=0.0)[0]) == [1, 3]
 
 
-def test_select_by_one_thing():
+def test_select_by_one_thing() -> None:
     for bad in ({}, {"q": 0.1, "below": 0.0}, {"q": 1.5}, {"q": math.nan}):
         with pytest.raises(InputError):
             denoise.flip(PAIRS, STRENGTHS, **bad)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_an_unmeasured_pair_is_left_alone_but_counted(recipe: str):
+def test_an_unmeasured_pair_is_left_alone_but_counted(recipe: str) -> None:
     strengths = [None, *STRENGTHS[1:4], None]
     options = RepairOptions(recipe=recipe, **({"q": 0.5} if "q" in READS[recipe] else {}))
     got, changes = repair(PAIRS, strengths, options, wrong=set())
@@ -158,13 +158,13 @@ def test_an_unmeasured_pair_is_left_alone_but_counted(recipe: str):
 # Steps
 
 
-def test_flip_of_flip_is_identity():
+def test_flip_of_flip_is_identity() -> None:
     twice = denoise.flip(*denoise.flip(PAIRS, STRENGTHS, q=1.0), q=1.0)
     assert twice[0] == PAIRS
     assert [s.votes for s in twice[1] if s] == [3.0] * 5
 
 
-def test_flip_turns_the_strength_round():
+def test_flip_turns_the_strength_round() -> None:
     _, strengths = denoise.flip(PAIRS, STRENGTHS, q=0.2)
     s = strengths[1]
     assert s is not None
@@ -173,14 +173,14 @@ def test_flip_turns_the_strength_round():
     assert s.reason == "before the flip: 7 of 10"
 
 
-def test_a_flip_keeps_what_the_label_carried():
+def test_a_flip_keeps_what_the_label_carried() -> None:
     # Turning flip_prob and margin round as well would restate the old label instead of flipping it.
     loaded = pair(0, flip_prob=0.2, margin=0.7, weight=3.0, source="f.jsonl:1", row={"k": 1})
     (got,), _ = denoise.flip([loaded], [strength(-1.0)], q=1.0)
     assert got == replace(loaded, chosen="r0", rejected="c0")
 
 
-def test_steps_compose_and_never_touch_their_input():
+def test_steps_compose_and_never_touch_their_input() -> None:
     before = list(PAIRS), list(STRENGTHS)
     got, strengths = denoise.margin(*denoise.soften(*denoise.drop(PAIRS, STRENGTHS, q=0.2), below=math.inf), scale=2)
     assert [p.id for p in got] == ["p0", "p2", "p3", "p4"]
@@ -190,7 +190,7 @@ def test_steps_compose_and_never_touch_their_input():
     assert before == (PAIRS, STRENGTHS)
 
 
-def test_pairs_and_strengths_must_match():
+def test_pairs_and_strengths_must_match() -> None:
     for step in (denoise.soft_targets, denoise.margin, lambda p, s: denoise.drop(p, s, q=0.1)):
         with pytest.raises(InputError, match="got 4 for 5"):
             step(PAIRS, STRENGTHS[:4])
@@ -201,7 +201,7 @@ def test_pairs_and_strengths_must_match():
 # Changes
 
 
-def test_changes_tell_what_and_why():
+def test_changes_tell_what_and_why() -> None:
     _, changes = repair(PAIRS, STRENGTHS, RepairOptions(recipe="flip+margin", q=0.2, margin_scale=0.1))
     first = changes[0]
     assert (first.id, first.action, first.before) == ("p1", "flip", PAIRS[1])
@@ -225,13 +225,13 @@ def test_changes_tell_what_and_why():
         ),
     ],
 )
-def test_evidence(recipe: str, options: dict[str, Any], expected: list[tuple[str, str, str]]):
+def test_evidence(recipe: str, options: dict[str, Any], expected: list[tuple[str, str, str]]) -> None:
     _, changes = repair(PAIRS, STRENGTHS, RepairOptions(recipe=recipe, **options), wrong={"p2"})
     assert [(c.id, c.action, c.evidence) for c in changes] == expected
     assert all((c.after is None) == (recipe == "drop") for c in changes)
 
 
-def test_soften_and_random_flip_give_evidence():
+def test_soften_and_random_flip_give_evidence() -> None:
     _, changes = repair(PAIRS, STRENGTHS, RepairOptions(recipe="soft+margin"))
     assert [c.id for c in changes if c.action == "soften"] == ["p1", "p3"]
     assert changes[0].evidence.startswith("taken as wrong with probability 0.90; mean margin -3")
@@ -256,7 +256,7 @@ READS = {
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_options_without_effect_are_refused_by_name(recipe: str):
+def test_options_without_effect_are_refused_by_name(recipe: str) -> None:
     defaults = RepairOptions().model_dump(exclude={"recipe"})
     for name, value in defaults.items():
         if name in READS[recipe]:
@@ -266,14 +266,14 @@ def test_options_without_effect_are_refused_by_name(recipe: str):
                 RepairOptions(recipe=recipe, **{name: value})
 
 
-def test_a_saved_configuration_reads_back():
+def test_a_saved_configuration_reads_back() -> None:
     options = RepairOptions(recipe="flip", q=0.3)
     assert RepairOptions.model_validate(options.model_dump()) == options
     with pytest.raises(ValidationError, match="does not read alpha"):
         RepairOptions.model_validate(options.model_dump() | {"alpha": 0.1})
 
 
-def test_options_have_bounds():
+def test_options_have_bounds() -> None:
     for bad in (
         {"recipe": "flip", "q": 1.1},
         {"recipe": "soft+margin", "alpha": -0.1},
@@ -289,7 +289,7 @@ def test_options_have_bounds():
 # Behaviour
 
 
-def test_repair_mends_planted_errors():
+def test_repair_mends_planted_errors() -> None:
     # 20 % of labels turned round; ten noisy members. Flipping the weakest 20 % mends most of them, at random it harms.
     rng = np.random.default_rng(0)
     n = 1000

@@ -36,35 +36,35 @@ def random_pairs(n: int = 64) -> tuple[torch.Tensor, ...]:
 # Bradley-Terry
 
 
-def test_bradley_terry_by_hand():
+def test_bradley_terry_by_hand() -> None:
     # d = 0: -log 1/2. d = ln 3: sigmoid = 3/4. d = -ln 3: sigmoid = 1/4.
     loss = bradley_terry(t(1, LN3, 0), t(1, 0, LN3))
     assert_close(loss, t(LN2, math.log(4 / 3), LN4))
 
 
-def test_margin_by_hand():
+def test_margin_by_hand() -> None:
     # d - m = 0 for m = d, and d - m = ln 3 for m = d - ln 3.
     loss = bradley_terry(t(5, 5), t(3, 3), margin=t(2, 2 - LN3))
     assert_close(loss, t(LN2, math.log(4 / 3)))
 
 
-def test_smoothing_by_hand():
+def test_smoothing_by_hand() -> None:
     # d = ln 3, a = 1/4: 3/4 log(4/3) + 1/4 log 4.
     loss = bradley_terry(t(LN3), t(0), flip_prob=t(0.25))
     assert_close(loss, t(0.75 * math.log(4 / 3) + 0.25 * LN4))
 
 
-def test_margin_in_both_terms_or_one_by_hand():
+def test_margin_in_both_terms_or_one_by_hand() -> None:
     # d = 2 ln 3, m = ln 3, a = 1/4: the shifted difference is ln 3, the plain one 2 ln 3 with sigmoid(-d) = 1/10.
-    pair = {"margin": t(LN3), "flip_prob": t(0.25)}
-    both = bradley_terry(t(2 * LN3), t(0), **pair)
-    first = bradley_terry(t(2 * LN3), t(0), **pair, margin_in_flip=False)
+    m, a = t(LN3), t(0.25)
+    both = bradley_terry(t(2 * LN3), t(0), margin=m, flip_prob=a)
+    first = bradley_terry(t(2 * LN3), t(0), margin=m, flip_prob=a, margin_in_flip=False)
     assert_close(both, t(0.75 * math.log(4 / 3) + 0.25 * LN4))
     assert_close(first, t(0.75 * math.log(4 / 3) + 0.25 * math.log(10)))
 
 
 @pytest.mark.parametrize("margin_in_flip", [True, False])
-def test_bradley_terry_against_a_loop_over_probabilities(margin_in_flip: bool):
+def test_bradley_terry_against_a_loop_over_probabilities(margin_in_flip: bool) -> None:
     chosen, rejected, margin, a = random_pairs()
     got = bradley_terry(chosen, rejected, margin=margin, flip_prob=a, margin_in_flip=margin_in_flip)
     for i in range(len(got)):
@@ -76,7 +76,7 @@ def test_bradley_terry_against_a_loop_over_probabilities(margin_in_flip: bool):
         assert got[i].item() == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_swapping_the_responses_turns_flip_prob_and_margin_round():
+def test_swapping_the_responses_turns_flip_prob_and_margin_round() -> None:
     chosen, rejected, margin, a = random_pairs()
     assert_close(bradley_terry(chosen, rejected, flip_prob=a), bradley_terry(rejected, chosen, flip_prob=1 - a))
     assert_close(
@@ -85,13 +85,13 @@ def test_swapping_the_responses_turns_flip_prob_and_margin_round():
     )
 
 
-def test_a_certain_soft_label_is_a_flip_with_the_margin_of_the_new_label():
+def test_a_certain_soft_label_is_a_flip_with_the_margin_of_the_new_label() -> None:
     # Soft + margin with m = mu = -2 at a = 1 against flip + margin with m = |mu| = 2.
     soft = bradley_terry(t(0.3), t(1.1), margin=t(-2), flip_prob=t(1))
     assert_close(soft, bradley_terry(t(1.1), t(0.3), margin=t(2)))
 
 
-def test_the_optimum_is_the_margin_plus_the_log_odds():
+def test_the_optimum_is_the_margin_plus_the_log_odds() -> None:
     # d* = m + log((1 - a) / a) = -1 + ln(1/3) for a = 3/4: there the slope is 0, one step away it is not.
     d = t(-1 - LN3, -1 - LN3 + 0.1, -1 - LN3 - 0.1).requires_grad_()
     loss = bradley_terry(d, torch.zeros_like(d), margin=t(-1, -1, -1), flip_prob=t(0.75, 0.75, 0.75))
@@ -101,7 +101,7 @@ def test_the_optimum_is_the_margin_plus_the_log_odds():
     assert slope[2] < -1e-3
 
 
-def test_only_the_difference_matters_and_pairs_do_not_see_each_other():
+def test_only_the_difference_matters_and_pairs_do_not_see_each_other() -> None:
     chosen, rejected, margin, a = random_pairs()
     whole = bradley_terry(chosen, rejected, margin=margin, flip_prob=a)
     assert_close(whole, bradley_terry(chosen + 7, rejected + 7, margin=margin, flip_prob=a))
@@ -111,7 +111,7 @@ def test_only_the_difference_matters_and_pairs_do_not_see_each_other():
     assert_close(whole, torch.cat(parts), rtol=0, atol=0)
 
 
-def test_badly_wrong_pairs_keep_their_gradient():
+def test_badly_wrong_pairs_keep_their_gradient() -> None:
     # d = -200: loss 200, slope -1. log(sigmoid(d) + eps) would give a slope of 0 here.
     for dtype in (torch.float32, torch.float64):
         chosen = torch.tensor([-200.0], dtype=dtype, requires_grad=True)
@@ -122,13 +122,13 @@ def test_badly_wrong_pairs_keep_their_gradient():
         assert chosen.grad.item() == -1.0
 
 
-def test_gradient_matches_finite_differences():
+def test_gradient_matches_finite_differences() -> None:
     chosen, rejected, margin, a = (x[:6] for x in random_pairs())
     chosen.requires_grad_()
     assert torch.autograd.gradcheck(lambda c: bradley_terry(c, rejected, margin=margin, flip_prob=a), (chosen,))
 
 
-def test_half_precision_is_computed_in_float32():
+def test_half_precision_is_computed_in_float32() -> None:
     # 256 - 0.5 = 255.5 needs 9 significant bits; bfloat16 has 8 and would give a loss of 256.
     loss = bradley_terry(t(0.5, dtype=torch.bfloat16), t(256.0, dtype=torch.bfloat16))
     assert loss.dtype == torch.float32
@@ -136,14 +136,14 @@ def test_half_precision_is_computed_in_float32():
     assert bradley_terry(t(1.0), t(2.0)).dtype == torch.float64
 
 
-def test_silent_broadcasting_is_refused():
+def test_silent_broadcasting_is_refused() -> None:
     with pytest.raises(ValueError, match=r"chosen \(3,\), rejected \(3, 1\)"):
         bradley_terry(torch.zeros(3), torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"margin \(1,\)"):
         bradley_terry(torch.zeros(3), torch.zeros(3), margin=torch.zeros(1))
 
 
-def test_accuracy_counts_a_tie_half_and_does_not_hide_nan():
+def test_accuracy_counts_a_tie_half_and_does_not_hide_nan() -> None:
     got = accuracy(t(2, 1, 1, math.nan), t(1, 2, 1, 0))
     assert got[:3].tolist() == [1.0, 0.0, 0.5]
     assert got[3].isnan()
@@ -152,7 +152,7 @@ def test_accuracy_counts_a_tie_half_and_does_not_hide_nan():
 # PPO
 
 
-def test_clipped_surrogate_by_hand():
+def test_clipped_surrogate_by_hand() -> None:
     # ratio 3/2, clip 0.2. A = 1: max(-1.5, -1.2), clipped. A = -1: max(1.5, 1.2), not. ratio 1/2 the other way round.
     new, old = t(math.log(1.5), math.log(1.5), -LN2, -LN2, 0), t(0, 0, 0, 0, 0)
     loss, clipped = clipped_surrogate(new, old, t(1, -1, 1, -1, 3), clip=0.2)
@@ -160,7 +160,7 @@ def test_clipped_surrogate_by_hand():
     assert clipped.tolist() == [True, False, False, True, False]
 
 
-def test_clipped_tokens_have_no_gradient_and_the_others_that_of_the_ratio():
+def test_clipped_tokens_have_no_gradient_and_the_others_that_of_the_ratio() -> None:
     new = t(math.log(1.5), math.log(1.5), 0.0).requires_grad_()
     loss, clipped = clipped_surrogate(new, torch.zeros(3, dtype=torch.float64), t(1, -1, 2), clip=0.2)
     loss.sum().backward()
@@ -170,7 +170,7 @@ def test_clipped_tokens_have_no_gradient_and_the_others_that_of_the_ratio():
     assert clipped.tolist() == [True, False, False]
 
 
-def test_value_loss_by_hand():
+def test_value_loss_by_hand() -> None:
     # V_old 0, R = 1, clip 0.2. V = 0.5: bounded to 0.2, 1/2 max(0.25, 0.64). V = 0.1: inside, 1/2 0.81.
     # V = -2: bounded to -0.2, 1/2 max(9, 1.44).
     values, old, returns = t(0.5, 0.1, -2), t(0, 0, 0), t(1, 1, 1)
@@ -178,7 +178,7 @@ def test_value_loss_by_hand():
     assert_close(value_loss(values, old, returns, clip=math.inf), t(0.125, 0.405, 4.5))
 
 
-def test_entropy_by_hand():
+def test_entropy_by_hand() -> None:
     # Uniform over 4: ln 4. Two of four tokens cut off by sampling: ln 2. p = (3/4, 1/4): 3/4 ln 4/3 + 1/4 ln 4.
     cut = torch.tensor([[0.0, 0, 0, 0], [0, 0, -math.inf, -math.inf], [LN3, 0, -math.inf, -math.inf]]).double()
     cut.requires_grad_()
@@ -191,7 +191,7 @@ def test_entropy_by_hand():
     assert cut.grad[2, 0].item() == pytest.approx(-0.75 * (math.log(0.75) + got[2].item()))
 
 
-def test_kl_estimates_by_hand_and_in_expectation():
+def test_kl_estimates_by_hand_and_in_expectation() -> None:
     # log p - log q = ln 2: k1 = ln 2, k3 = 1/2 - 1 + ln 2.
     assert_close(kl_k1(t(LN2), t(0)), t(LN2))
     assert_close(kl_k3(t(LN2), t(0)), t(LN2 - 0.5))
@@ -203,7 +203,7 @@ def test_kl_estimates_by_hand_and_in_expectation():
     assert (kl_k3(log_p, log_q) >= 0).all()
 
 
-def test_masked_mean_counts_tokens_and_ignores_padding():
+def test_masked_mean_counts_tokens_and_ignores_padding() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [10.0, math.nan, math.inf]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     # (1 + 2 + 3 + 10) / 4, not the mean of the row means (2 + 10) / 2.

@@ -10,29 +10,29 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from steelyard.rewards import RunningScale, clip, contrastive, missing_eos, token_rewards
+from steelyard.rewards import RunningScale, ScaleMode, clip, contrastive, missing_eos, token_rewards
 
 
-def test_contrastive_by_hand():
+def test_contrastive_by_hand() -> None:
     # 5 - (1 + 2 + 6)/3 and 0 - (-1 - 1 - 4)/3.
     got = contrastive(torch.tensor([5.0, 0.0]), torch.tensor([[1.0, 2, 6], [-1, -1, -4]]))
     assert got.tolist() == [2.0, 2.0]
 
 
-def test_contrastive_refuses_baselines_that_do_not_fit():
+def test_contrastive_refuses_baselines_that_do_not_fit() -> None:
     for baselines in (torch.ones(2), torch.ones(3, 2), torch.ones(2, 0), torch.ones(1, 3)):
         with pytest.raises(ValueError, match="baselines must be"):
             contrastive(torch.ones(2), baselines)
 
 
-def test_a_prompts_own_offset_cancels():
+def test_a_prompts_own_offset_cancels() -> None:
     rewards, baselines = torch.tensor([1.0, 2.0]), torch.tensor([[0.0, 1.0], [3.0, 5.0]])
     offset = torch.tensor([4.0, -8.0])
     assert torch.equal(contrastive(rewards + offset, baselines + offset[:, None]), contrastive(rewards, baselines))
 
 
 @pytest.mark.parametrize(("c0", "c1"), [(0.0, 0.0), (0.3, 0.1), (0.2, 0.5)])
-def test_flip_rates_of_a_prompt_cancel_or_shrink(c0: float, c1: float):
+def test_flip_rates_of_a_prompt_cancel_or_shrink(c0: float, c1: float) -> None:
     # A binary true reward, seen through flip rates c0 = P(1|0) and c1 = P(0|1): the expected contrastive reward is
     # (1 - c0 - c1) (P(r* = 1) - P(r*_base = 1)), the bias c0 gone. Here P = 0.7 against 0.4.
     rng = np.random.default_rng(1)
@@ -50,7 +50,7 @@ def test_flip_rates_of_a_prompt_cancel_or_shrink(c0: float, c1: float):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_variance_falls_from_between_plus_within_to_within_times_one_plus_one_over_k(k: int):
+def test_variance_falls_from_between_plus_within_to_within_times_one_plus_one_over_k(k: int) -> None:
     # Policy = SFT: r = prompt offset (tau = 2) + response (s = 0.5).
     rng = np.random.default_rng(2)
     n, tau, s = 100_000, 2.0, 0.5
@@ -67,17 +67,16 @@ def test_variance_falls_from_between_plus_within_to_within_times_one_plus_one_ov
 R, C = torch.tensor([3.0, -1.0]), torch.tensor([0.5, -1.5])
 
 
-def test_scale_modes_by_hand():
+def test_scale_modes_by_hand() -> None:
     # mean |r| = 2, mean |c| = 1, mean r = 1, mean c = -1/2.
-    factors = {}
-    for mode in ("none", "abs", "signed"):
+    expected: dict[ScaleMode, float] = {"none": 1.0, "abs": 2.0, "signed": -2.0}
+    for mode, factor in expected.items():
         scale = RunningScale(mode, warmup=1)
         scale.update(R, C)
-        factors[mode] = scale.factor
-    assert factors == {"none": 1.0, "abs": 2.0, "signed": -2.0}
+        assert scale.factor == factor
 
 
-def test_scaled_rewards_return_to_the_original_scale():
+def test_scaled_rewards_return_to_the_original_scale() -> None:
     rng = np.random.default_rng(0)
     scale = RunningScale(warmup=1)
     raw = torch.from_numpy(rng.normal(scale=8, size=1000))
@@ -86,19 +85,20 @@ def test_scaled_rewards_return_to_the_original_scale():
     assert (small * scale.factor).abs().mean().item() == pytest.approx(raw.abs().mean().item(), rel=1e-12)
 
 
-def test_the_floor_keeps_the_factor_finite():
+def test_the_floor_keeps_the_factor_finite() -> None:
     # mean |c| = 0 and mean c = 0: the divisor is the floor, so 2 / 0.5 and 1 / 0.5.
-    for mode, expected in (("abs", 4.0), ("signed", 2.0)):
+    expected: dict[ScaleMode, float] = {"abs": 4.0, "signed": 2.0}
+    for mode, factor in expected.items():
         scale = RunningScale(mode, floor=0.5, warmup=1)
         scale.update(R, torch.zeros(2))
-        assert scale.factor == expected
+        assert scale.factor == factor
     signed = RunningScale("signed", floor=0.5, warmup=1)
     signed.update(R, torch.tensor([-0.25, 0.0]))
     # The floor keeps the sign: mean c = -1/8 becomes -1/2.
     assert signed.factor == -2.0
 
 
-def test_the_warmup_counts_examples():
+def test_the_warmup_counts_examples() -> None:
     scale = RunningScale(warmup=4)
     assert scale.factor == 1.0
     scale.update(R, C)
@@ -107,7 +107,7 @@ def test_the_warmup_counts_examples():
     assert scale.factor == 2.0
 
 
-def test_batches_may_be_split_anywhere():
+def test_batches_may_be_split_anywhere() -> None:
     rng = np.random.default_rng(0)
     r, c = torch.from_numpy(rng.normal(size=(2, 40)))
     whole, parts = RunningScale(warmup=1), RunningScale(warmup=1)
@@ -118,7 +118,7 @@ def test_batches_may_be_split_anywhere():
 
 
 @pytest.mark.parametrize("mode", ["abs", "signed"])
-def test_a_restored_scale_continues_bit_for_bit(mode: str):
+def test_a_restored_scale_continues_bit_for_bit(mode: ScaleMode) -> None:
     rng = np.random.default_rng(3)
     batches = torch.from_numpy(rng.normal(size=(6, 2, 7)))
     straight, first = RunningScale(mode, warmup=1), RunningScale(mode, warmup=1)
@@ -134,7 +134,7 @@ def test_a_restored_scale_continues_bit_for_bit(mode: str):
     assert resumed.factor == straight.factor != 1.0
 
 
-def test_a_saved_state_stays_as_it_was():
+def test_a_saved_state_stays_as_it_was() -> None:
     scale = RunningScale(warmup=1)
     scale.update(R, C)
     saved = scale.state_dict()
@@ -142,7 +142,7 @@ def test_a_saved_state_stays_as_it_was():
     assert (saved["count"], scale.state_dict()["count"]) == (2.0, 4.0)
 
 
-def test_bad_values_never_reach_the_running_means():
+def test_bad_values_never_reach_the_running_means() -> None:
     scale = RunningScale(warmup=1)
     with pytest.raises(ValueError, match="finite"):
         scale.update(torch.tensor([math.nan]), torch.tensor([1.0]))
@@ -161,7 +161,7 @@ def test_bad_values_never_reach_the_running_means():
 # Shaping
 
 
-def test_clip_by_hand():
+def test_clip_by_hand() -> None:
     got = clip(torch.tensor([-3.0, -0.5, 0.8, 3.0, math.nan]), 0.8)
     assert_close(got, torch.tensor([-0.8, -0.5, 0.8, 0.8, math.nan]), equal_nan=True)
     for limit in (0.0, -1.0, math.nan):
@@ -169,14 +169,14 @@ def test_clip_by_hand():
             clip(torch.ones(1), limit)
 
 
-def test_missing_eos_by_hand():
+def test_missing_eos_by_hand() -> None:
     got = missing_eos(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), penalty=3.0)
     assert got.tolist() == [1.0, -2.0]
     with pytest.raises(ValueError, match=">= 0"):
         missing_eos(torch.ones(1), torch.ones(1, dtype=torch.bool), penalty=-1.0)
 
 
-def test_token_rewards_by_hand():
+def test_token_rewards_by_hand() -> None:
     # kl_coef 1/2; row 0 has three real tokens and score 10, row 1 one real token and score -4.
     kl = torch.tensor([[2.0, 0.0, -2.0], [4.0, math.nan, 7.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -184,7 +184,7 @@ def test_token_rewards_by_hand():
     assert got.tolist() == [[-1.0, 0.0, 11.0], [-6.0, 0.0, 0.0]]
 
 
-def test_token_rewards_add_up_to_the_penalised_score():
+def test_token_rewards_add_up_to_the_penalised_score() -> None:
     # Eq. 3: the sum over tokens is r - kl_coef * KL, wherever the response ends and however wide the batch is.
     rng = np.random.default_rng(0)
     lengths = [1, 4, 7]
@@ -204,7 +204,7 @@ def test_token_rewards_add_up_to_the_penalised_score():
     assert (wide[:, 7:] == 0).all()
 
 
-def test_an_empty_response_would_lose_its_score():
+def test_an_empty_response_would_lose_its_score() -> None:
     mask = torch.tensor([[True, False], [False, False]])
     with pytest.raises(ValueError, match=r"none in rows \[1\]"):
         token_rewards(torch.ones(2), torch.zeros(2, 2), mask, kl_coef=0.1)

@@ -32,7 +32,7 @@ def sigmoid(x: float) -> float:
 # summarise
 
 
-def test_summarise_by_hand():
+def test_summarise_by_hand() -> None:
     # Pair 0: mean (1 + 3) / 2 = 2, deviations -1 and 1, so std 1 (not the sample's sqrt 2).
     # Pair 1: votes: 0 is a tie (half), -2 is none. Pair 2: member 1 did not vote.
     got = summarise(np.array([[1.0, 0.0, 4.0], [3.0, -2.0, NAN]]))
@@ -44,13 +44,13 @@ def test_summarise_by_hand():
     assert all(type(v) is t for s in got for v, t in ((s.mean, float), (s.votes, float), (s.voters, int)))
 
 
-def test_p_flip_by_hand():
+def test_p_flip_by_hand() -> None:
     # sigmoid(-ln 3) = 1/4 and sigmoid(ln 9) = 9/10: mean 23/40. With T = 2 the first pair, d = 2 ln 3, gives 1/4.
     assert summarise(np.array([[LN3], [-LN9]]))[0].p_flip == pytest.approx(23 / 40)
     assert summarise(np.array([[2 * LN3]]), temperature=2)[0].p_flip == pytest.approx(1 / 4)
 
 
-def test_summarise_against_a_loop():
+def test_summarise_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     d = rng.normal(size=(5, 40))
     d[rng.random(d.shape) < 0.3] = NAN
@@ -65,7 +65,7 @@ def test_summarise_against_a_loop():
         assert s.p_flip == pytest.approx(sum(sigmoid(-x / 0.7) for x in votes) / len(votes), abs=1e-12)
 
 
-def test_swapping_the_responses_turns_strength_round():
+def test_swapping_the_responses_turns_strength_round() -> None:
     d = np.random.default_rng(0).normal(size=(4, 10))
     for s, t in zip(summarise(d), summarise(-d), strict=True):
         assert t.mean == -s.mean
@@ -74,7 +74,7 @@ def test_swapping_the_responses_turns_strength_round():
         assert t.p_flip == pytest.approx(1 - s.p_flip)
 
 
-def test_reasons_in_plain_words():
+def test_reasons_in_plain_words() -> None:
     # Nine members at -LN9 (p = 0.9 each) and one at +LN9 (p = 0.1): p_flip = 0.82.
     column = np.array([-LN9] * 9 + [LN9])[:, None]
     assert summarise(column)[0].reason == (
@@ -88,7 +88,7 @@ def test_reasons_in_plain_words():
     assert sure.reason.endswith("probability over 0.99")
 
 
-def test_actions():
+def test_actions() -> None:
     # p = 0.9 with no vote for chosen: flip. p = 0.5: soften. p = 0.1: keep.
     # 3 of 10 for chosen by a hair, 7 strongly against: p = 0.3 * 0.5 + 0.7 * 0.9 = 0.78 > 0.75, but too many votes.
     hair = 1e-9
@@ -101,7 +101,7 @@ def test_actions():
     assert summarise(d, thresholds=ActionRule(soften_above=0.05))[2].action == "soften"
 
 
-def test_action_rule_refuses_contradictions():
+def test_action_rule_refuses_contradictions() -> None:
     with pytest.raises(ValidationError, match="soften_above must not exceed flip_above"):
         ActionRule(flip_above=0.6, soften_above=0.7)
     for bad in ({"flip_above": 1.1}, {"flip_votes": 0.6}, {"soften_above": -0.1}, {"flip": 0.5}):
@@ -109,7 +109,7 @@ def test_action_rule_refuses_contradictions():
             ActionRule(**bad)
 
 
-def test_summarise_refuses_what_it_cannot_weigh():
+def test_summarise_refuses_what_it_cannot_weigh() -> None:
     with pytest.raises(InputError, match=r"none for 1 pairs \(first at position 1\)"):
         summarise(np.array([[1.0, NAN], [1.0, NAN]]))
     with pytest.raises(InputError, match="infinite"):
@@ -124,7 +124,7 @@ def test_summarise_refuses_what_it_cannot_weigh():
 # groups
 
 
-def test_groups_by_hand():
+def test_groups_by_hand() -> None:
     # Sorted means -2, -1, 0, 1, 5 in two groups: 3 and 2 pairs.
     mean = np.array([5.0, -1.0, 0.0, -2.0, 1.0])
     std = np.array([9.0, 2.0, 3.0, 1.0, 5.0])
@@ -135,13 +135,13 @@ def test_groups_by_hand():
     assert (high.low, high.high, high.n, high.mean, high.std, high.agreement) == (1, 5, 2, 3, 7, 1.0)
 
 
-def test_groups_without_verdicts_have_no_agreement():
+def test_groups_without_verdicts_have_no_agreement() -> None:
     assert [g.agreement for g in groups(np.arange(4.0), np.ones(4), n=2)] == [None, None]
     assert groups(np.arange(2.0), np.ones(2), n=2, agreement=np.array([0, -1]))[0].agreement is None
     assert groups(np.arange(2.0), np.ones(2), n=2, agreement=np.array([0, -1]))[1].agreement == 0.0
 
 
-def test_groups_ignore_the_input_order_and_differ_by_one_at_most():
+def test_groups_ignore_the_input_order_and_differ_by_one_at_most() -> None:
     rng = np.random.default_rng(0)
     mean, std = rng.normal(size=(2, 103))
     order = rng.permutation(103)
@@ -153,7 +153,7 @@ def test_groups_ignore_the_input_order_and_differ_by_one_at_most():
     assert all(a.high <= b.low for a, b in itertools.pairwise(got))
 
 
-def test_groups_refuse_bad_input():
+def test_groups_refuse_bad_input() -> None:
     with pytest.raises(InputError, match=r"1\.\.3"):
         groups(np.ones(3), np.ones(3), n=4)
     with pytest.raises(InputError, match="pair up"):
@@ -167,7 +167,7 @@ def test_groups_refuse_bad_input():
 # out-of-fold plan
 
 
-def test_every_pair_is_held_out_once_in_each_split():
+def test_every_pair_is_held_out_once_in_each_split() -> None:
     plan = out_of_fold_plan([f"p{i}" for i in range(23)], members=6, folds=3, seed=0)
     assert plan.shape == (6, 23)
     assert plan.dtype == bool
@@ -178,7 +178,7 @@ def test_every_pair_is_held_out_once_in_each_split():
     assert not (plan[:3] == plan[3:]).all()
 
 
-def test_identical_prompts_stay_together_and_folds_balance():
+def test_identical_prompts_stay_together_and_folds_balance() -> None:
     # One prompt with 6 pairs, two with 3, six with 1: 18 pairs in 3 folds of 6, exactly.
     keys = [("a",)] * 6 + [("b",)] * 3 + [("c",)] * 3 + [(i,) for i in range(6)]
     keys = [keys[i] for i in np.random.default_rng(0).permutation(18)]
@@ -190,14 +190,14 @@ def test_identical_prompts_stay_together_and_folds_balance():
             assert all((plan[:, i] == plan[:, rows[0]]).all() for i in rows)
 
 
-def test_the_plan_follows_the_seed():
+def test_the_plan_follows_the_seed() -> None:
     keys = list(range(50))
     first = out_of_fold_plan(keys, members=4, folds=2, seed=7)
     assert (first == out_of_fold_plan(keys, members=4, folds=2, seed=7)).all()
     assert (first != out_of_fold_plan(keys, members=4, folds=2, seed=8)).any()
 
 
-def test_impossible_plans_are_refused():
+def test_impossible_plans_are_refused() -> None:
     with pytest.raises(InputError, match="2 prompts and 3 folds"):
         out_of_fold_plan(["a", "b", "a", "b"], members=3, folds=3, seed=0)
     with pytest.raises(InputError, match="multiple of folds"):
@@ -211,7 +211,7 @@ def test_impossible_plans_are_refused():
 # temperature, detection, rank correlation
 
 
-def test_temperature_by_hand():
+def test_temperature_by_hand() -> None:
     # Three votes of +1 and one of -1: likelihood is best where sigmoid(1 / T) = 3/4, so T = 1 / ln 3.
     assert fit_temperature(np.array([[1.0, 1.0], [1.0, -1.0]])) == pytest.approx(1 / LN3, rel=1e-9)
     # Nine to one at +-5: T = 5 / ln 9; NaN does not vote.
@@ -219,7 +219,7 @@ def test_temperature_by_hand():
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_temperature_recovers_the_annotators(scale: float):
+def test_temperature_recovers_the_annotators(scale: float) -> None:
     # Annotators who follow sigmoid(d / T) with T = 2 choose the order of each pair.
     rng = np.random.default_rng(0)
     gap = rng.normal(scale=3, size=40_000)
@@ -228,12 +228,12 @@ def test_temperature_recovers_the_annotators(scale: float):
 
 
 @pytest.mark.parametrize("margins", [[1.0, 2.0], [-1.0, -2.0], [1.0, -1.0], [NAN, NAN], [0.0, 0.0]])
-def test_a_temperature_without_an_optimum_is_refused(margins: list[float]):
+def test_a_temperature_without_an_optimum_is_refused(margins: list[float]) -> None:
     with pytest.raises(InputError, match="can be fitted only if"):
         fit_temperature(np.array([margins]))
 
 
-def test_detection_by_hand():
+def test_detection_by_hand() -> None:
     # Ranked: wrong, right, wrong, right. Wrong beats right in 3 of 4 comparisons. Precision at the hits: 1, 2/3.
     got = detection(np.array([0.1, 0.9, 0.5, 0.3]), np.array([False, True, False, True]))
     assert got is not None
@@ -241,7 +241,7 @@ def test_detection_by_hand():
     assert got.average_precision == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_detection_is_undefined_without_both_kinds():
+def test_detection_is_undefined_without_both_kinds() -> None:
     assert detection(np.arange(3.0), np.zeros(3, bool)) is None
     assert detection(np.arange(3.0), np.ones(3, bool)) is None
     with pytest.raises(InputError, match="finite"):
@@ -250,7 +250,7 @@ def test_detection_is_undefined_without_both_kinds():
         detection(np.ones(2), np.ones(3, bool))
 
 
-def test_spearman_by_hand():
+def test_spearman_by_hand() -> None:
     # Ranks 1, 2, 3, 4 against 1, 3, 2, 4: 1 - 6 * (1 + 1) / (4 * 15) = 0.8. Ranks see no monotone change.
     first, second = np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])
     assert spearman(first, second) == pytest.approx(0.8)
@@ -263,7 +263,7 @@ def test_spearman_by_hand():
             spearman(first, bad)
 
 
-def test_an_ensemble_finds_planted_flips_better_than_one_member():
+def test_an_ensemble_finds_planted_flips_better_than_one_member() -> None:
     # True gaps of 1 or more; 20 % of labels turned round; ten members that see the gap through noise.
     rng = np.random.default_rng(0)
     n = 2000

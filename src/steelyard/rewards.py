@@ -117,7 +117,7 @@ class RunningScale:
         self._sums = {name: float(state[name]) for name in self._sums}
 
 
-def clip(rewards_B: Float[Tensor, "B"], limit: float) -> Float[Tensor, "B"]:
+def clip(rewards: Float[Tensor, "*B"], limit: float) -> Float[Tensor, "*B"]:
     """Bound each reward to [-limit, limit], in units of reward (Secrets of RLHF II, App. B uses 0.8).
 
     NaN stays NaN; `limit=math.inf` changes nothing.
@@ -127,22 +127,20 @@ def clip(rewards_B: Float[Tensor, "B"], limit: float) -> Float[Tensor, "B"]:
     """
     if not limit > 0:
         raise ValueError(f"the reward limit must be > 0, got {limit}")
-    return rewards_B.clamp(-limit, limit)
+    return rewards.clamp(-limit, limit)
 
 
-def missing_eos(rewards_B: Float[Tensor, "B"], ended_B: Bool[Tensor, "B"], *, penalty: float) -> Float[Tensor, "B"]:
+def missing_eos(rewards: Float[Tensor, "*B"], ended: Bool[Tensor, "*B"], *, penalty: float) -> Float[Tensor, "*B"]:
     """Take `penalty` (>= 0, units of reward) from every response cut off before its EOS.
 
     Raises:
         ValueError: the shapes differ, or the penalty is negative (it would pay for never ending).
     """
-    if rewards_B.shape != ended_B.shape:
-        raise ValueError(
-            f"rewards and ended must have one shape, got {tuple(rewards_B.shape)} and {tuple(ended_B.shape)}"
-        )
+    if rewards.shape != ended.shape:
+        raise ValueError(f"rewards and ended must have one shape, got {tuple(rewards.shape)} and {tuple(ended.shape)}")
     if not penalty >= 0:
         raise ValueError(f"penalty must be >= 0, got {penalty}; it is subtracted")
-    return torch.where(ended_B.bool(), rewards_B, rewards_B - penalty)
+    return torch.where(ended.bool(), rewards, rewards - penalty)
 
 
 def token_rewards(
