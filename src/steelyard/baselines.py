@@ -1,0 +1,164 @@
+"""Offline baselines: k responses of the SFT model to every prompt, scored once (Contrastive Rewards, step 1).
+
+Two Parquet files lie side by side: the responses, keyed by model, tokenizer and sampling settings, and their
+scores, keyed by the reward model as well. What is there is used again; a changed setting makes a new file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+from pydantic import Field
+
+from steelyard.config import Config
+from steelyard.data.encode import Encoder, Tree
+from steelyard.data.load import load_prompts
+from steelyard.data.split import prompt_key
+from steelyard.errors import InputError
+from steelyard.models.load import Precision
+from steelyard.models.policy import PolicyModel
+from steelyard.models.reward import RewardModel
+from steelyard.sampling import SamplingConfig, sample
+from steelyard.types import Prompt
+
+
+class BaselineConfig(Config):
+    """Offline sampling of baseline responses."""
+
+    policy: str = Field(description="model folder to sample from: the SFT model")
+    prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
+    reward_model: str | None = Field(None, description="reward-model folder that scores the responses")
+    k: int = Field(3, ge=1, description="responses per prompt; the paper uses 3 (1 and 5 in its ablation)")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how responses are drawn")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
+    max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
+    max_tokens: int = Field(8192, ge=16, description="padded tokens scored at once (memory, not results)")
+    precision: Precision = Field("float32", description="arithmetic of the trunks")
+    seed: int = Field(0, ge=0, description="of the sampling")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A digest of everything in a model folder that decides what it computes: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    names = [p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
+    for path in sorted(names):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def sample_baselines(config: BaselineConfig, out: Path) -> Path:
+    """Write (or find) the responses and, with a reward model, their scores in `out`; returns the last file."""
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = list({prompt_key(p.prompt): p for p in load_prompts(config.prompts).items[: config.limit]}.values())
+    settings = {
+        "policy": fingerprint(config.policy),
+        "prompts": _digest([prompt_key(p.prompt) for p in prompts]),
+        "k": config.k,
+        "sampling": config.sampling.model_dump(exclude={"rows"}),
+        "max_length": config.max_length,
+        "seed": config.seed,
+    }
+    encoder = Encoder.load(config.policy, max_length=config.max_length)
+    responses = out / f"responses-{_digest(settings)}.parquet"
+    if not responses.exists():
+        _write(responses, _responses(config, encoder, [p.prompt for p in prompts]), settings)
+    if config.reward_model is None:
+        return responses
+    settings |= {"reward_model": fingerprint(config.reward_model)}
+    scores = out / f"scores-{_digest(settings)}.parquet"
+    if not scores.exists():
+        table = pq.read_table(responses)
+        _write(scores, table.append_column("reward", pa.array(_score(config, encoder, table))), settings)
+    return scores
+
+
+def read_baselines(
+    path: str | Path, *, k: int | None, policy: str, reward_model: str
+) -> dict[str, Float[np.ndarray, "K"]]:
+    """Baseline rewards by `prompt_key`.
+
+    Raises InputError if the file was made with another policy or reward model (the rewards would not compare),
+    or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such baseline file; make one with `steelyard sample`")
+    table = pq.read_table(path)
+    settings = json.loads((table.schema.metadata or {}).get(b"steelyard", b"{}"))
+    for role, folder in (("policy", policy), ("reward_model", reward_model)):
+        if settings.get(role) != fingerprint(folder):
+            raise InputError(
+                f"{path}: these baselines were {'sampled from' if role == 'policy' else 'scored by'} another model "
+                f"than {folder}; run `steelyard sample` with this {role.replace('_', ' ')}"
+            )
+    stored = settings["k"]
+    if k is not None and k > stored:
+        raise InputError(f"{path}: holds {stored} responses per prompt, {k} are wanted; sample again with k = {k}")
+    rewards: dict[str, list[float]] = {}
+    for key, reward in zip(table["key"].to_pylist(), table["reward"].to_pylist(), strict=True):
+        rewards.setdefault(key, []).append(reward)
+    return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
+
+
+def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Prompt]) -> pa.Table:
+    policy = PolicyModel.load(config.policy, precision=config.precision)
+    ids = [encoder.prompt_ids(p) for p in prompts]
+    room = config.max_length - config.sampling.max_new_tokens
+    fits = [i for i, x in enumerate(ids) if len(x) <= room]
+    if not fits:
+        raise InputError(
+            f"{config.prompts}: no prompt leaves room for a response within max_length = {config.max_length}"
+        )
+    keys = [prompt_key(prompts[i]) for i in fits]
+    drawn = sample(
+        policy,
+        [ids[i] for i in fits],
+        keys,
+        k=config.k,
+        config=config.sampling,
+        end_id=encoder.end_id,
+        pad_id=encoder.pad_id,
+        seed=config.seed,
+    )
+    rows = [(key, ids[i], s) for key, i, group in zip(keys, fits, drawn, strict=True) for s in group]
+    return pa.table(
+        {
+            "key": [key for key, _, _ in rows],
+            "prompt": [encoder.tokenizer.decode(list(prompt)) for _, prompt, _ in rows],
+            "response": [encoder.decode(s.tokens) for _, _, s in rows],
+            "prompt_tokens": [list(prompt) for _, prompt, _ in rows],
+            "response_tokens": [list(s.tokens) for _, _, s in rows],
+            "ended": [s.ended for _, _, s in rows],
+        }
+    )
+
+
+def _score(config: BaselineConfig, encoder: Encoder, table: pa.Table) -> Float[np.ndarray, "N"]:
+    if config.reward_model is None:
+        raise ValueError("scoring needs a reward model")
+    model = RewardModel.load(config.reward_model, precision=config.precision)
+    prompts, responses = table["prompt_tokens"].to_pylist(), table["response_tokens"].to_pylist()
+    starts = range(0, len(prompts), config.k)
+    trees = [Tree(tuple(prompts[i]), tuple(tuple(r) for r in responses[i : i + config.k])) for i in starts]
+    return model.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens).reshape(-1)
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, table: pa.Table, settings: dict[str, Any]) -> None:
+    table = table.replace_schema_metadata({"steelyard": json.dumps(settings, sort_keys=True)})
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,194 @@
+"""How good is a policy: gold and proxy reward, distance from the SFT model, and who wins against whom.
+
+Every policy answers the same prompts with the same streams of random numbers. Intervals resample prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+
+from steelyard.config import Config
+from steelyard.data.collate import collate, pack
+from steelyard.data.encode import Encoder, Tree
+from steelyard.data.split import prompt_key
+from steelyard.evaluate.reward import bootstrap_mean
+from steelyard.models.load import Precision
+from steelyard.models.policy import PolicyModel
+from steelyard.models.reward import RewardModel
+from steelyard.sampling import SamplingConfig, sample
+from steelyard.scorer import Scorer
+from steelyard.types import Prompt
+
+
+class PolicyEvaluationConfig(Config):
+    """Examination of policies on held-out prompts."""
+
+    k: int = Field(2, ge=1, description="responses per prompt")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how responses are drawn")
+    tie: float = Field(1e-6, ge=0, description="gold rewards closer than this tie")
+    strata: int = Field(3, ge=1, description="groups of prompts by difficulty (the SFT model's mean proxy reward)")
+    samples: int = Field(8, ge=0, description="prompts whose answers are kept for the report")
+    precision: Precision = Field("float32", description="arithmetic of the trunks")
+    max_tokens: int = Field(8192, ge=16, description="padded tokens computed at once (memory, not results)")
+    seed: int = Field(1234, ge=0, description="of the sampling")
+
+
+class Answers(NamedTuple):
+    """One policy's responses to all prompts; N prompts, K responses."""
+
+    texts: list[list[str]]
+    gold_NK: Float[np.ndarray, "N K"] | None
+    proxy_NK: Float[np.ndarray, "N K"]
+    kl_NK: Float[np.ndarray, "N K"]
+    length_NK: Float[np.ndarray, "N K"]
+    ended_NK: Float[np.ndarray, "N K"]
+
+
+def answer(
+    policy_folder: str,
+    reference_folder: str,
+    reward_folder: str,
+    prompts: Sequence[Prompt],
+    encoder: Encoder,
+    gold: Scorer | None,
+    config: PolicyEvaluationConfig,
+) -> Answers:
+    """Sample from a policy and score: gold, proxy (the reward model's normalised score), KL to the reference (nats)."""
+    policy = PolicyModel.load(policy_folder, precision=config.precision)
+    reference = PolicyModel.load(reference_folder, precision=config.precision)
+    reward = RewardModel.load(reward_folder, precision=config.precision)
+    ids = [encoder.prompt_ids(p) for p in prompts]
+    drawn = sample(
+        policy,
+        ids,
+        [prompt_key(p) for p in prompts],
+        k=config.k,
+        config=config.sampling,
+        end_id=encoder.end_id,
+        pad_id=encoder.pad_id,
+        seed=config.seed,
+    )
+    trees = [Tree(p, tuple(s.tokens for s in group)) for p, group in zip(ids, drawn, strict=True)]
+    mean, std = reward.normal
+    proxy = (reward.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens) - mean) / std
+    texts = [[encoder.decode(s.tokens) for s in group] for group in drawn]
+    scored = None
+    if gold is not None:
+        scored = np.array([[gold(p, t) for t in group] for p, group in zip(prompts, texts, strict=True)])
+    return Answers(
+        texts,
+        scored,
+        proxy,
+        divergence(policy, reference, trees, encoder.pad_id, config.max_tokens),
+        np.array([[len(s.tokens) for s in group] for group in drawn], dtype=float),
+        np.array([[s.ended for s in group] for group in drawn], dtype=float),
+    )
+
+
+@torch.no_grad()
+def divergence(
+    policy: PolicyModel, reference: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens: int
+) -> Float[np.ndarray, "N K"]:
+    """log p(y|x) - log p_ref(y|x) of each response at temperature 1: its mean over y ~ policy is the KL."""
+    out = np.zeros((len(trees), len(trees[0].responses)))
+    for group in pack([len(t) for t in trees], max_tokens):
+        batch = collate([trees[i] for i in group], pad_id)
+        out[group] = (policy(batch).plain_BKT - reference(batch).plain_BKT).sum(-1).numpy()
+    return out
+
+
+def compare(
+    answers: Mapping[str, Answers], prompts: Sequence[Prompt], config: PolicyEvaluationConfig, *, first: str
+) -> dict[str, Any]:
+    """The report's tables: one row per policy, win / tie / lose of every pair by gold, strata, samples.
+
+    `first` is the SFT model's name; its mean proxy reward says how difficult a prompt is.
+    """
+    keys = [prompt_key(p) for p in prompts for _ in range(config.k)]
+    return {
+        "arms": [_row(name, a, keys) for name, a in answers.items()],
+        "wins": [
+            _win(a, b, answers[a].gold_NK, answers[b].gold_NK, config.tie)
+            for b, a in combinations(answers, 2)
+            if answers[a].gold_NK is not None
+        ],
+        "difficulty": _strata(answers, answers[first].proxy_NK.mean(1), config.strata),
+        "samples": [
+            {
+                "prompt": p if isinstance(p, str) else "\n\n".join(f"{t.role}: {t.content}" for t in p),
+                "responses": {
+                    name: {
+                        "text": a.texts[n][0],
+                        "gold": None if a.gold_NK is None else float(a.gold_NK[n, 0]),
+                        "proxy": float(a.proxy_NK[n, 0]),
+                    }
+                    for name, a in answers.items()
+                },
+            }
+            for n, p in enumerate(prompts[: config.samples])
+        ],
+    }
+
+
+def _row(name: str, a: Answers, keys: Sequence[str]) -> dict[str, Any]:
+    proxy, proxy_low, proxy_high = bootstrap_mean(a.proxy_NK.reshape(-1), clusters=keys)
+    gold: tuple[float | None, ...] = (None, None, None)
+    if a.gold_NK is not None:
+        gold = bootstrap_mean(a.gold_NK.reshape(-1), clusters=keys)
+    return {
+        "arm": name,
+        "gold": gold[0],
+        "gold_low": gold[1],
+        "gold_high": gold[2],
+        "proxy": proxy,
+        "proxy_low": proxy_low,
+        "proxy_high": proxy_high,
+        "kl": float(a.kl_NK.mean()),
+        "length": float(a.length_NK.mean()),
+        "ended": float(a.ended_NK.mean()),
+    }
+
+
+def _win(a: str, b: str, gold_a: Any, gold_b: Any, tie: float) -> dict[str, Any]:
+    """Shares over prompts and samples; `score` counts a tie half, its interval resamples prompts."""
+    difference = gold_a - gold_b
+    points = np.where(np.abs(difference) <= tie, 0.5, (difference > 0).astype(float))
+    keys = [str(n) for n in range(len(points)) for _ in range(points.shape[1])]
+    score, low, high = bootstrap_mean(points.reshape(-1), clusters=keys)
+    return {
+        "a": a,
+        "b": b,
+        "judge": "gold",
+        "win": float((points == 1).mean()),
+        "tie": float((points == 0.5).mean()),
+        "lose": float((points == 0).mean()),
+        "score": score,
+        "low": low,
+        "high": high,
+        "n": points.size,
+    }
+
+
+def _strata(answers: Mapping[str, Answers], difficulty_N: Float[np.ndarray, "N"], strata: int) -> list[dict[str, Any]]:
+    rows = []
+    for s, members in enumerate(np.array_split(np.argsort(difficulty_N, kind="stable"), strata)):
+        for name, a in answers.items():
+            rows.append(
+                {
+                    "arm": name,
+                    "stratum": f"{s + 1} of {strata}",
+                    "low": float(difficulty_N[members].min()),
+                    "high": float(difficulty_N[members].max()),
+                    "gold": None if a.gold_NK is None else float(a.gold_NK[members].mean()),
+                    "proxy": float(a.proxy_NK[members].mean()),
+                    "n": len(members),
+                }
+            )
+    return rows

@@ -1,0 +1,109 @@
+"""How good is a reward model: accuracy, likelihood, calibration, scale; with bootstrap intervals.
+
+Everything here works on margins d = r(chosen) - r(rejected) (a positive one agrees with the label) in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+BINS = 10
+
+
+def reward_metrics(chosen_N: Float[np.ndarray, "N"], rejected_N: Float[np.ndarray, "N"]) -> dict[str, float]:
+    """loss (negative log-likelihood, nats), accuracy (a tie counts half), ece, margin, the rewards' mean, std."""
+    chosen, rejected = chosen_N.astype(np.float64), rejected_N.astype(np.float64)
+    margin = chosen - rejected
+    both = np.concatenate([chosen, rejected])
+    return {
+        "loss": float(np.logaddexp(0.0, -margin).mean()),
+        "accuracy": float(wins(margin).mean()),
+        "ece": expected_calibration_error(margin),
+        "margin": float(margin.mean()),
+        "reward_mean": float(both.mean()),
+        "reward_std": float(both.std()),
+    }
+
+
+def wins(margin_N: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """1 where the margin is positive, 0 where it is negative, 1/2 at a tie."""
+    return (np.sign(margin_N) + 1.0) / 2.0
+
+
+def reliability(margin_N: Float[np.ndarray, "N"], bins: int = BINS) -> list[dict[str, float]]:
+    """Pairs binned by confidence sigmoid(|d|), equal widths over [0.5, 1]; no empty bin."""
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margin_N)))
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    correct = wins(margin_N)
+    return [
+        {
+            "confidence": float(confidence[place == b].mean()),
+            "accuracy": float(correct[place == b].mean()),
+            "n": int((place == b).sum()),
+        }
+        for b in range(bins)
+        if (place == b).any()
+    ]
+
+
+def expected_calibration_error(margin_N: Float[np.ndarray, "N"], bins: int = BINS) -> float:
+    """Mean distance of confidence and accuracy over the bins of `reliability`, weighted by n (Guo et al. 2017)."""
+    rows = reliability(margin_N, bins)
+    return float(sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / len(margin_N))
+
+
+def bootstrap_mean(
+    values_N: Float[np.ndarray, "N"],
+    *,
+    clusters: Sequence[str] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(mean, low, high): percentile bootstrap, resampling whole clusters (prompts) where they are given.
+
+    Values of one prompt are not independent; an interval that ignores it is too narrow.
+    """
+    values = np.asarray(values_N, dtype=np.float64)
+    names = clusters if clusters is not None else [str(i) for i in range(len(values))]
+    place = np.unique(np.asarray(names), return_inverse=True)[1]
+    n = int(place.max()) + 1
+    sums, counts = np.bincount(place, values, n), np.bincount(place, minlength=n)
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for i in range(draws):
+        pick = rng.integers(0, n, n)
+        means[i] = sums[pick].sum() / counts[pick].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def examine(
+    chosen_N: Float[np.ndarray, "N"],
+    rejected_N: Float[np.ndarray, "N"],
+    *,
+    prompts: Sequence[str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One reward model on one validation set: the row of the table, its reliability bins, accuracy by strength."""
+    margin = chosen_N.astype(np.float64) - rejected_N.astype(np.float64)
+    metrics = reward_metrics(chosen_N, rejected_N)
+    accuracy, low, high = bootstrap_mean(wins(margin), clusters=prompts, seed=seed)
+    return {
+        "row": {
+            "n": len(margin),
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            "nll": metrics["loss"],
+            "ece": metrics["ece"],
+            "margin_mean": metrics["margin"],
+            "reward_mean": metrics["reward_mean"],
+            "reward_std": metrics["reward_std"],
+        },
+        "bins": reliability(margin),
+    }
