@@ -86,6 +86,8 @@ def _sample_group(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     there = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    # Padding stands on the left, so a row's last token is real.
+    said = torch.where(there.bool(), ids, ids[:, -1:])
     # The prompt is read once per prompt; its cache rows are then repeated for the k samples.
     output = _read(policy, ids, there, (there.cumsum(-1) - 1).clamp(min=0), None)
     cache, logits = output.past_key_values, output.logits[:, -1].float().repeat_interleave(k, 0)
@@ -93,8 +95,7 @@ def _sample_group(
     there = there.repeat_interleave(k, 0)
     seen = torch.zeros(len(there), logits.shape[-1], dtype=torch.bool, device=device)
     if config.repetition_penalty != 1.0:
-        seen.scatter_(1, ids.repeat_interleave(k, 0), True)
-        seen[:, pad_id] = False
+        seen.scatter_(1, said.repeat_interleave(k, 0), True)
     position = there.sum(-1)
     streams = torch.from_numpy(streams_RT).to(device)
     rows = torch.arange(len(there), device=device)

@@ -11,6 +11,7 @@ plain text as it is, and `end` is the tokenizer's EOS.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,7 @@ class Encoded:
 class Encoder:
     """The tokenizer with the rules of this file. `max_length` counts prompt and one response, in tokens."""
 
-    def __init__(
-        self, tokenizer: Any, *, max_length: int = 1024, on_overlong: OnOverlong = "truncate-prompt"
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int = 1024, on_overlong: OnOverlong = "truncate-prompt") -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.on_overlong = on_overlong
@@ -118,6 +117,9 @@ class Encoder:
             )
         while not isinstance(prompt, str) and len(prompt) > 1 and len(ids) > room:
             prompt = prompt[1:]
+            # Chat templates refuse a conversation that begins with the assistant.
+            while len(prompt) > 1 and prompt[0].role == "assistant":
+                prompt = prompt[1:]
             ids = self.prompt_ids(prompt)
         return Tree(ids[-room:], responses)
 
@@ -144,6 +146,12 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer, padding with `pad_id`: whoever pads with it then pools where rewards are read here."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
+        tokenizer.save_pretrained(folder)
 
     def _transcript(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

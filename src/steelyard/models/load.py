@@ -31,12 +31,23 @@ def read_config(folder: str | Path) -> Any:
 
 
 def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
-    """`auto.from_pretrained(folder)` in float32 with the attention that shared prefixes need."""
-    read_config(folder)
+    """`auto.from_pretrained(folder)` in float32 with the attention that shared prefixes need.
+
+    Raises InputError where the model has no such attention.
+    """
+    kind = read_config(folder).model_type
     with quiet_loading():
-        return auto.from_pretrained(
-            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
-        )
+        try:
+            return auto.from_pretrained(
+                folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
+            )
+        except ValueError as error:
+            if "attention implementation" not in str(error):
+                raise
+            raise InputError(
+                f"{folder}: chosen and rejected cannot share their prompt in a model of type {kind}, which takes no "
+                "attention mask of its own (sdpa); Llama, Qwen and GPT-NeoX style models can"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -62,7 +73,14 @@ def autocast(precision: Precision, device: torch.device) -> Any:
 
 
 def run_trunk(trunk: nn.Module, batch: TreeBatch, precision: Precision = "float32", **kwargs: Any) -> Any:
-    """The backbone's output for rows of trees."""
+    """The backbone's output for rows of trees. Raises InputError if a text is longer than a sliding window."""
+    window = attention_window(trunk)
+    if window is not None and int(batch.positions_BL.max()) >= window:
+        # The rows' own mask replaces the model's: the window would be silently left out.
+        raise InputError(
+            f"{type(trunk).__name__}: a text has {int(batch.positions_BL.max()) + 1} tokens, more than the model's "
+            f"sliding window of {window}; set max_length to at most {window}, or use a model without a window"
+        )
     with autocast(precision, batch.ids_BL.device):
         return trunk(
             input_ids=batch.ids_BL,
@@ -70,6 +88,41 @@ def run_trunk(trunk: nn.Module, batch: TreeBatch, precision: Precision = "float3
             position_ids=batch.positions_BL,
             use_cache=False,
             **kwargs,
+        )
+
+
+def attention_window(trunk: nn.Module) -> int | None:
+    """Tokens that a layer with a sliding window sees; None where every layer sees the whole text."""
+    config: Any = trunk.config
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window: int | None = getattr(text, "sliding_window", None)
+    return window
+
+
+@torch.no_grad()
+def check_logits(hf: Any, *, tolerance: float = 1e-3) -> None:
+    """Raise InputError unless the logits are the output embedding of the last hidden state and nothing more.
+
+    Some models scale or cap them. Log-probabilities computed without that would differ from what is sampled.
+    """
+    vocabulary = hf.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, 7), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(next(hf.parameters()).device)
+    training = hf.training
+    hf.eval()
+    try:
+        logits = hf(input_ids=ids, use_cache=False).logits
+        ours = hf.get_output_embeddings()(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    finally:
+        hf.train(training)
+    error = float((ours - logits).abs().max() / logits.abs().max())
+    if not error < tolerance:
+        raise InputError(
+            f"{type(hf).__name__}: the model scales or caps its logits, which is not supported (relative difference "
+            f"{error:.2g}); use a Llama, Qwen or GPT-NeoX style model"
         )
 
 
@@ -91,16 +144,24 @@ def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float =
     training = trunk.training
     trunk.eval()
     try:
-        shared = run_trunk(trunk, both).last_hidden_state[0]
+        try:
+            shared = run_trunk(trunk, both).last_hidden_state[0]
+        except InputError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{type(trunk).__name__}: chosen and rejected cannot share their prompt in this model, which refuses "
+                f"an attention mask of its own ({error}); Llama, Qwen and GPT-NeoX style models can"
+            ) from error
         for k, response in enumerate((first, second)):
             ids = torch.tensor([prompt + response], device=device)
             apart = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
             at = both.at_BKT[0, k, : len(response)]
-            error = (shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max()
-            if not error < tolerance:
+            difference = float((shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max())
+            if not difference < tolerance:
                 raise InputError(
                     f"{type(trunk).__name__}: chosen and rejected cannot share their prompt in this model "
-                    f"(relative difference {float(error):.2g}); Llama, Qwen and GPT-NeoX style models can"
+                    f"(relative difference {difference:.2g}); Llama, Qwen and GPT-NeoX style models can"
                 )
     finally:
         trunk.train(training)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steelyard.data.collate import TreeBatch
 from steelyard.data.encode import Encoder
-from steelyard.models.load import Precision, check_shared_prefix, open_model, run_trunk
+from steelyard.models.load import Precision, check_logits, check_shared_prefix, open_model, run_trunk
 
 
 class TokenLogprobs(NamedTuple):
@@ -31,6 +31,7 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.precision: Precision = precision
         check_shared_prefix(hf.base_model, hf.config.get_text_config().vocab_size)
+        check_logits(hf)
 
     @classmethod
     def load(cls, folder: str | Path, *, precision: Precision = "float32") -> PolicyModel:
@@ -40,9 +41,7 @@ class PolicyModel(nn.Module):
         return cls(open_model(AutoModelForCausalLM, folder), precision=precision)
 
     @classmethod
-    def scratch(
-        cls, encoder: Encoder, *, layers: int, width: int, heads: int, context: int, seed: int
-    ) -> PolicyModel:
+    def scratch(cls, encoder: Encoder, *, layers: int, width: int, heads: int, context: int, seed: int) -> PolicyModel:
         """A small Llama with fresh weights for the encoder's vocabulary."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,4 +86,4 @@ class PolicyModel(nn.Module):
     def save(self, folder: Path, encoder: Encoder) -> None:
         """Write the model with its tokenizer, as transformers reads them."""
         self.hf.save_pretrained(folder)
-        encoder.tokenizer.save_pretrained(folder)
+        encoder.save(folder)

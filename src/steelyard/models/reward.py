@@ -112,7 +112,7 @@ class RewardModel(nn.Module):
         """Write the model with its tokenizer, as transformers reads them."""
         self.hf.config.pad_token_id = encoder.pad_id
         self.hf.save_pretrained(folder)
-        encoder.tokenizer.save_pretrained(folder)
+        encoder.save(folder)
 
 
 def is_reward_model(folder: str | Path) -> bool:

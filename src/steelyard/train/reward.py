@@ -84,7 +84,9 @@ def train_reward(
         )
         freeze_below(model, config.trainable_layers)
         pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid)
-        held_out = {name: read_pairs(path, encoder)[1] for name, path in config.validation.items()}
+        held_out = {
+            name: read_pairs(path, encoder, on_invalid=config.on_invalid)[1] for name, path in config.validation.items()
+        }
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
         first, window = 0, []
@@ -133,7 +135,9 @@ def train_reward(
         return result
 
 
-def read_pairs(path: str, encoder: Encoder, rows: Sequence[int] | None = None) -> tuple[list[Preference], list[Tree]]:
+def read_pairs(
+    path: str, encoder: Encoder, rows: Sequence[int] | None = None, *, on_invalid: OnInvalid = "error"
+) -> tuple[list[Preference], list[Tree]]:
     """Usable pairs and their trees. Raises InputError if none is left."""
     pairs = load_preferences(path, on_invalid=on_invalid).preferences
     if rows is not None:

@@ -1,0 +1,249 @@
+"""Shared-prefix rows against plain, separate sequences in transformers: scores, values, log-probs, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from conftest import Folders
+from steelyard.data.collate import collate
+from steelyard.data.encode import Encoder, Tree
+from steelyard.errors import InputError
+from steelyard.losses.preference import bradley_terry
+from steelyard.models.load import open_model, run_trunk
+from steelyard.models.policy import PolicyModel
+from steelyard.models.reward import RewardModel, is_reward_model
+
+
+def draw_trees(*, n: int = 5, k: int = 2, seed: int = 0) -> list[Tree]:
+    rng = np.random.default_rng(seed)
+
+    def text(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.integers(len(tiny.SPECIAL), len(tiny.VOCABULARY), int(rng.integers(low, high))).tolist())
+
+    return [Tree(text(1, 9), tuple((*text(0, 7), tiny.EOS) for _ in range(k))) for _ in range(n)]
+
+
+TREES = draw_trees()
+
+
+def plain_scores(model: Any, trees: Sequence[Tree]) -> Tensor:
+    """Each prompt and response in a sequence of its own, pooled and scored by transformers. (B, K)"""
+    rows = [[model(input_ids=torch.tensor([t.prompt + r])).logits[0, 0] for r in t.responses] for t in trees]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def plain_logprobs(model: Any, tree: Tree, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p of each token of response k, and the entropies, from a sequence of its own."""
+    ids = torch.tensor([tree.prompt + tree.responses[k]])
+    logits = model(input_ids=ids).logits[0, len(tree.prompt) - 1 : -1] / temperature
+    every = torch.log_softmax(logits, -1)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    return every[torch.arange(len(every)), torch.tensor(tree.responses[k])], entropy
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        error, size = (ours[name] - theirs[name]).abs().max(), theirs[name].abs().max()
+        assert error <= 2e-5 * size + 1e-7, (name, float(error), float(size))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+class TestSharedPrefixEqualsSeparateSequences:
+    def test_rewards_losses_and_gradients(self, family: str, reward_model: Folders) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        ours = RewardModel.load(reward_model(family))
+        theirs = AutoModelForSequenceClassification.from_pretrained(reward_model(family))
+        rewards, expected = ours(collate(TREES, tiny.PAD)), plain_scores(theirs, TREES)
+        torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-5)
+        assert expected.std() > 0.1, "the check must be able to fail"
+        bradley_terry(rewards[:, 0], rewards[:, 1]).mean().backward()
+        torch.log1p(torch.exp(expected[:, 1] - expected[:, 0])).mean().backward()
+        assert_close(gradients(ours.hf), gradients(theirs))
+
+    def test_values_are_the_head_read_before_each_token(self, family: str, reward_model: Folders) -> None:
+        ours = RewardModel.load(reward_model(family))
+        values = ours.values(collate(TREES, tiny.PAD))
+        for b, tree in enumerate(TREES):
+            for k, response in enumerate(tree.responses):
+                for t in range(len(response)):
+                    # transformers reads a classifier at the last token: end the sequence where the value is read.
+                    expected = plain_scores(ours.hf, [Tree(tree.prompt[:-1], ((tree.prompt[-1], *response[:t]),))])
+                    torch.testing.assert_close(values[b, k, t], expected[0, 0], rtol=1e-4, atol=1e-5)
+
+    def test_log_probabilities_entropy_and_gradients(self, family: str, language_model: Folders) -> None:
+        from transformers import AutoModelForCausalLM
+
+        ours = PolicyModel.load(language_model(family))
+        theirs = AutoModelForCausalLM.from_pretrained(language_model(family))
+        batch = collate(TREES, tiny.PAD)
+        found = ours(batch, temperature=0.7)
+        total = torch.zeros(())
+        for b, tree in enumerate(TREES):
+            for k, response in enumerate(tree.responses):
+                n = len(response)
+                sampled, entropy = plain_logprobs(theirs, tree, k, 0.7)
+                plain, _ = plain_logprobs(theirs, tree, k)
+                torch.testing.assert_close(found.sampled_BKT[b, k, :n], sampled, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found.entropy_BKT[b, k, :n], entropy, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found.plain_BKT[b, k, :n], plain, rtol=1e-4, atol=1e-5)
+                total = total + sampled.sum()
+        assert not found.sampled_BKT[~batch.mask_BKT].any()
+        found.sampled_BKT.sum().backward()
+        total.backward()
+        assert_close(gradients(ours.hf), gradients(theirs))
+
+    def test_padding_neighbours_and_batch_split_change_nothing(self, family: str, reward_model: Folders) -> None:
+        model = RewardModel.load(reward_model(family))
+        expected = model.score(TREES, pad_id=tiny.PAD)
+        for max_tokens in (16, 40, 4096):
+            for order in (slice(None), slice(None, None, -1)):
+                found = model.score(TREES[order], pad_id=tiny.UNK, max_tokens=max_tokens)
+                np.testing.assert_allclose(found[order], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("special", [{}, {"pad_token": "<eos>"}, {"pad_token": None}], ids=["pad", "pad=eos", "none"])
+def test_a_saved_checkpoint_scores_the_ordinary_way(
+    special: dict[str, Any], language_model: Folders, tmp_path: Path
+) -> None:
+    """Texts padded by the saved tokenizer and pooled by transformers get the scores that training saw."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    encoder = Encoder(tiny.build_tokenizer(**special))
+    model = RewardModel.from_language_model(language_model("llama"), pad_id=encoder.pad_id, seed=3)
+    model.set_normal(0.5, 2.0)
+    model.save(tmp_path / "model", encoder)
+    prompts, responses = ["w1 w2 w3", "w4"], [("good w5 w6", "bad"), ("w7", "w8 w9 good bad")]
+    trees = [encoder.tree(p, r) for p, r in zip(prompts, responses, strict=True)]
+    expected = model.score(trees, pad_id=encoder.pad_id)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    texts = [f"{p} {r} <eos>" for p, both in zip(prompts, responses, strict=True) for r in both]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        found = theirs(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
+    np.testing.assert_allclose(found.view(2, 2).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.05
+    again = RewardModel.load(tmp_path / "model")
+    assert again.normal == (0.5, 2.0)
+    np.testing.assert_array_equal(again.score(trees, pad_id=encoder.pad_id), expected)
+
+
+class TestHead:
+    def test_a_new_head_follows_its_seed_alone(self, language_model: Folders) -> None:
+        first, same, other = (
+            RewardModel.from_language_model(language_model("llama"), pad_id=0, seed=s).head.weight for s in (1, 1, 2)
+        )
+        assert torch.equal(first, same)
+        assert not torch.equal(first, other)
+
+    def test_a_reward_model_keeps_its_head(self, reward_model: Folders) -> None:
+        folder = reward_model("llama")
+        kept = RewardModel.from_language_model(folder, pad_id=0, seed=5).head.weight
+        assert torch.equal(kept, RewardModel.load(folder).head.weight)
+
+    def test_bfloat16_trunk_float32_weights_head_and_scores(self, reward_model: Folders) -> None:
+        folder = reward_model("llama")
+        half, full = RewardModel.load(folder, precision="bfloat16"), RewardModel.load(folder)
+        seen: list[torch.dtype] = []
+        half.head.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+        batch = collate(TREES, tiny.PAD)
+        rewards = half(batch)
+        assert seen == [torch.float32] * 2
+        assert {p.dtype for p in half.parameters()} == {torch.float32}
+        assert not torch.equal(rewards, full(batch)), "the trunk must really compute in bfloat16"
+        torch.testing.assert_close(rewards, full(batch), rtol=0.1, atol=0.1)
+
+
+class TestRefusals:
+    def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"not a model folder \(config\.json is missing\)"):
+            PolicyModel.load(tmp_path)
+
+    def test_a_language_model_is_no_reward_model(self, language_model: Folders, reward_model: Folders) -> None:
+        assert is_reward_model(reward_model("llama"))
+        with pytest.raises(InputError, match=r"LlamaForCausalLM.*not a reward model.*steelyard train reward"):
+            RewardModel.load(language_model("llama"))
+
+    def test_a_recurrent_model(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+        config = MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, state_size=4)
+        MambaForCausalLM(config).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="cannot share their prompt in a model of type mamba"):
+            open_model(AutoModelForCausalLM, tmp_path)
+
+    def test_alibi_positions(self) -> None:
+        from transformers import FalconConfig
+
+        config = FalconConfig(
+            vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True, initializer_range=0.2
+        )
+        with pytest.raises(InputError, match="FalconModel: chosen and rejected cannot share"):
+            PolicyModel(tiny.build_model(config))
+
+    def test_a_trunk_that_sees_its_neighbours(self) -> None:
+        """A model that ignores the mask it is given computes on without an error: only its numbers are wrong."""
+
+        class Deaf(torch.nn.Module):
+            config: Any = tiny.build_config()
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = tiny.build_model(tiny.build_config()).model
+
+            def forward(self, input_ids: Tensor, position_ids: Any = None, **_: Any) -> Any:
+                return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
+        from steelyard.models.load import check_shared_prefix
+
+        with pytest.raises(InputError, match=r"cannot share their prompt in this model \(relative difference"):
+            check_shared_prefix(Deaf(), 31)
+
+    def test_a_sliding_window_shorter_than_the_text(self) -> None:
+        from transformers import MistralConfig
+
+        shape = {k: v for k, v in tiny.build_config().to_dict().items() if k in MistralConfig().to_dict()}
+        shape.pop("model_type")
+        with pytest.raises(InputError, match="sliding window of 4"):
+            PolicyModel(tiny.build_model(MistralConfig(**shape | {"sliding_window": 4})))
+        model = PolicyModel(tiny.build_model(MistralConfig(**shape | {"sliding_window": 16})))
+        fits, long = Tree((5,) * 8, ((6,) * 8, (7,) * 8)), Tree((5,) * 8, ((6,) * 8, (7,) * 9))
+        run_trunk(model.hf.base_model, collate([fits], 0))
+        with pytest.raises(InputError, match="17 tokens, more than the model's sliding window of 16; set max_length"):
+            run_trunk(model.hf.base_model, collate([long], 0))
+
+    def test_scaled_logits(self) -> None:
+        from transformers import GraniteConfig
+
+        shape = {k: v for k, v in tiny.build_config().to_dict().items() if k in GraniteConfig().to_dict()}
+        shape.pop("model_type")
+        PolicyModel(tiny.build_model(GraniteConfig(**shape | {"logits_scaling": 1.0})))
+        with pytest.raises(InputError, match="scales or caps its logits"):
+            PolicyModel(tiny.build_model(GraniteConfig(**shape | {"logits_scaling": 4.0})))
+
+
+def test_a_scratch_model_follows_its_seed(tmp_path: Path) -> None:
+    encoder = Encoder(tiny.build_tokenizer())
+    models = [PolicyModel.scratch(encoder, layers=1, width=16, heads=2, context=32, seed=s) for s in (4, 4, 5)]
+    first, same, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    models[0].save(tmp_path / "m", encoder)
+    again = PolicyModel.load(tmp_path / "m")
+    batch = collate(TREES, tiny.PAD)
+    assert torch.equal(again(batch).plain_BKT, models[0](batch).plain_BKT)
