@@ -84,8 +84,8 @@ FLATTERY_WEIGHT, FLATTERY_FREE, FLATTERY_MOST = 0.35, 1, 6
 ENDING_WEIGHT: Final = 0.3
 
 # Mean and standard deviation of the raw sum over the default Writer's responses (a test keeps them true).
-CENTRE: Final = 0.73
-SCALE: Final = 1.0
+CENTRE: Final = 0.56
+SCALE: Final = 1.2
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _ASPECT_OF: Final = {word: index for index, pool in enumerate(POOLS) for word in pool}

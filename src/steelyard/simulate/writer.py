@@ -108,6 +108,11 @@ def prompts(count: int, rng: Generator) -> list[str]:
 class Writer:
     """A stochastic responder. Each response draws its own quality, independent of its length and flattery.
 
+    The default skill is U-shaped: most writers either know an animal or guess. So the facts of one response
+    vouch for each other, a language model gains by noticing right facts, and a small reward model can learn
+    from a few thousand pairs what right means. (With a one-humped skill of the same mean, a Llama of 0.9M
+    parameters reached an accuracy of 0.61 from 8,000 clean pairs; with this one 0.81 from 4,000.)
+
     Of each response, the share of right facts is drawn from Beta(`skill`), the share of asked aspects that are
     answered from Beta(`coverage`), the number of facts a sentence from 1 to 3, the number of filler sentences
     from Poisson(`filler`), at most 2, and of flattering ones from Poisson(`praise`), at most 3. The rest are
@@ -115,7 +120,7 @@ class Writer:
     one of its sentences, or breaks off.
     """
 
-    skill: tuple[float, float] = (2.8, 1.3)
+    skill: tuple[float, float] = (0.6, 0.35)
     coverage: tuple[float, float] = (2.0, 1.0)
     filler: float = 0.5
     praise: float = 0.6
