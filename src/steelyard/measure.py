@@ -141,8 +141,7 @@ def check(config: StrengthConfig) -> None:
     idle = {"layers", "penalty"} if config.backend == "full" else {"member", "keep_members", "workers"}
     if config.scoring == "in-sample":
         idle |= {"folds"}
-    given = idle & config.model_fields_set
-    if given and config.model_fields_set != set(type(config).model_fields):
+    if given := idle & config.given():
         raise InputError(
             f"{', '.join(sorted(given))}: no effect with backend = {config.backend}, scoring = {config.scoring}; "
             "leave it out"
@@ -368,3 +367,9 @@ def _save_scores(path: Path, scores: Float[np.ndarray, "M N 2"], index: Sequence
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, scores=scores, index=np.array(index))
     temporary.replace(path)
+
+
+def read_scores(folder: Path) -> tuple[Float[np.ndarray, "M N 2"], list[int]]:
+    """The members' scores of chosen and rejected (NaN: did not judge), and which preferences they belong to."""
+    stored = np.load(folder / "margins.npz")
+    return stored["scores"], stored["index"].tolist()

@@ -1,0 +1,98 @@
+"""The command line: one thin command per verb. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
+
+Every verb that trains or measures reads its settings from a YAML file (`steelyard train reward settings.yaml`),
+from dotted options (`--optim.lr 1e-4`), or both; options win. What a verb does stands in `steelyard.commands`,
+which is imported only when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "demo": "the main job on the built-in small world: weigh, repair, train, optimise, report",
+    "audit": "which preferences in a file are wrong, and how sure is that: annotated file and report",
+    "simulate": "write a small world with a known truth, or relabel your pairs with noisy annotators",
+    "train sft": "supervised fine-tuning",
+    "train reward": "train a reward model on weighed preferences",
+    "train ppo": "train a policy on plain or contrastive rewards",
+    "strength": "measure preference strength by the vote of M reward models",
+    "repair": "flip, soften, margin or drop: write the repaired preferences",
+    "sample": "sample baseline responses offline and score them",
+    "evaluate reward": "examine a reward model on preference files",
+    "evaluate policy": "examine policies: gold, proxy, KL, win / tie / lose",
+    "report": "one self-contained HTML page from a run folder",
+    "run": "a whole recipe from a YAML file, resumable",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if args[0] == "--version":
+        from steelyard import __version__
+
+        print(f"steelyard {__version__}")
+        return 0
+    verb = next((v for n in (2, 1) if (v := " ".join(args[:n])) in VERBS), None)
+    if verb is None:
+        return _unknown(args)
+    from steelyard.errors import InputError
+
+    try:
+        commands = importlib.import_module("steelyard.commands")
+        commands.COMMANDS[verb](args[len(verb.split()) :])
+        return 0
+    except InputError as error:
+        print(f"steelyard {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run folders can be resumed with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FloatingPointError as error:
+        print(f"steelyard {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def overview() -> str:
+    """What `steelyard --help` prints."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{width}}{what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "steelyard: weigh, repair and learn from human preferences",
+            "",
+            *lines,
+            "",
+            "`steelyard VERB --help` explains a verb and all its options. Try `steelyard demo` first.",
+            "Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.",
+        ]
+    )
+
+
+def _unknown(args: list[str]) -> int:
+    import difflib
+
+    two = {v.split()[0] for v in VERBS if " " in v}
+    if args[0] in two:
+        wanted = " or ".join(v for v in VERBS if v.startswith(f"{args[0]} "))
+        print(f"steelyard {args[0]}: say which: {wanted}", file=sys.stderr)
+        return 2
+    close = difflib.get_close_matches(args[0], [v.split()[0] for v in VERBS], n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    print(f"steelyard: unknown verb {args[0]!r}{hint} `steelyard --help` lists them", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
