@@ -22,7 +22,7 @@ from pydantic import Field
 
 from steelyard.config import Config
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import OnInvalid
+from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.models.load import Precision
@@ -110,6 +110,8 @@ def measure(
             scores = np.load(out / "margins.npz")["scores"]
         else:
             run.restore()
+            if config.backend == "full":
+                _check_same(config, preferences)
             score = _head_scores if config.backend == "head" else _full_scores
             scores = score(config, encoder, encoded.trees, encoded.index, keys, plan, out, quiet)
             _save_scores(out / "margins.npz", scores, encoded.index)
@@ -145,6 +147,15 @@ def check(config: StrengthConfig) -> None:
         raise InputError(
             f"{', '.join(sorted(given))}: no effect with backend = {config.backend}, scoring = {config.scoring}; "
             "leave it out"
+        )
+
+
+def _check_same(config: StrengthConfig, preferences: Sequence[Preference]) -> None:
+    """Full members read the file themselves: with other pairs in hand, they would judge what they trained on."""
+    if load_preferences(config.data, on_invalid=config.on_invalid).preferences != list(preferences):
+        raise InputError(
+            f"preferences must be those of {config.data} with backend = full; write yours with write_preferences and "
+            "name that file as data"
         )
 
 

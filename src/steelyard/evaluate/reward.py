@@ -69,8 +69,7 @@ def bootstrap_mean(
     Values of one prompt are not independent; an interval that ignores it is too narrow.
     """
     values = np.asarray(values_N, dtype=np.float64)
-    names = clusters if clusters is not None else [str(i) for i in range(len(values))]
-    place = np.unique(np.asarray(names), return_inverse=True)[1]
+    place = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     n = int(place.max()) + 1
     sums, counts = np.bincount(place, values, n), np.bincount(place, minlength=n)
     rng = np.random.default_rng(seed)

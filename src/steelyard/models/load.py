@@ -52,7 +52,7 @@ def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' report of new head weights: here they are new on purpose."""
+    """Silence transformers' progress bars and its report of new head weights: here they are new on purpose."""
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

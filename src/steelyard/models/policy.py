@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steelyard.data.collate import TreeBatch
 from steelyard.data.encode import Encoder
-from steelyard.models.load import Precision, check_logits, check_shared_prefix, open_model, run_trunk
+from steelyard.models.load import Precision, check_logits, check_shared_prefix, open_model, quiet_loading, run_trunk
 
 
 class TokenLogprobs(NamedTuple):
@@ -85,5 +85,6 @@ class PolicyModel(nn.Module):
 
     def save(self, folder: Path, encoder: Encoder) -> None:
         """Write the model with its tokenizer, as transformers reads them."""
-        self.hf.save_pretrained(folder)
+        with quiet_loading():
+            self.hf.save_pretrained(folder)
         encoder.save(folder)

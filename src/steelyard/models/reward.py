@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
-from steelyard.models.load import Precision, check_shared_prefix, open_model, read_config, run_trunk
+from steelyard.models.load import Precision, check_shared_prefix, open_model, quiet_loading, read_config, run_trunk
 
 
 class RewardModel(nn.Module):
@@ -111,7 +111,8 @@ class RewardModel(nn.Module):
     def save(self, folder: Path, encoder: Encoder) -> None:
         """Write the model with its tokenizer, as transformers reads them."""
         self.hf.config.pad_token_id = encoder.pad_id
-        self.hf.save_pretrained(folder)
+        with quiet_loading():
+            self.hf.save_pretrained(folder)
         encoder.save(folder)
 
 

@@ -344,7 +344,7 @@ def _check(config: PPOConfig) -> None:
         )
     if config.reward == "contrastive" and config.baselines is None:
         raise InputError("baselines: contrastive rewards need a scored baseline file; make one with `steelyard sample`")
-    useless = {"baselines", "k", "scaling"} & config.model_fields_set
+    useless = {"baselines", "k", "scaling"} & config.given()
     if config.reward == "plain" and useless:
         raise InputError(f"{', '.join(sorted(useless))}: no effect with reward = plain; leave out, or use contrastive")
 

@@ -133,7 +133,7 @@ def _start(config: SFTConfig) -> tuple[PolicyModel, Encoder]:
             "`tokenizer` is needed with `model: scratch`, and only then (a model folder brings its own); got "
             f"model = {config.model!r}, tokenizer = {config.tokenizer!r}"
         )
-    if not scratch and "scratch" in config.model_fields_set:
+    if not scratch and "scratch" in config.given():
         raise InputError("`scratch` describes a new model and has no effect on a model folder: leave it out")
     folder = config.tokenizer or config.model
     encoder = Encoder.load(folder, max_length=config.max_length, on_overlong=config.on_overlong)
