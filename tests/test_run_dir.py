@@ -83,6 +83,26 @@ def test_resume_names_every_field_that_differs(tmp_path: Path) -> None:
         RunDir.open(tmp_path, changed, resume=True)
 
 
+def test_a_run_refused_for_bad_input_before_it_began_leaves_the_folder_free(tmp_path: Path) -> None:
+    def begin(*, resume: bool, log: bool) -> None:
+        with RunDir.open(tmp_path, Settings(), resume=resume) as run:
+            if log:
+                run.log(1, {"loss": 1.0})
+            raise InputError("mend it")
+
+    for resume in (False, True):
+        with pytest.raises(InputError, match="mend it"):
+            begin(resume=resume, log=False)
+        assert not (tmp_path / "config.json").exists()
+    with pytest.raises(InputError, match="mend it"):
+        begin(resume=False, log=True)
+    with pytest.raises(InputError, match="already holds a run"):
+        begin(resume=False, log=False)
+    with pytest.raises(InputError, match="mend it"):
+        begin(resume=True, log=False)
+    assert (tmp_path / "config.json").exists()
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         RunDir.open(tmp_path, Settings(), resume=False),

@@ -88,13 +88,19 @@ def read_baselines(
 ) -> dict[str, Float[np.ndarray, "K"]]:
     """Baseline rewards by `prompt_key`.
 
-    Raises InputError if the file was made with another policy or reward model (the rewards would not compare),
-    or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
+    Raises InputError if the file is no scored file of `sample_baselines`, was made with another policy or reward
+    model (the rewards would not compare), or holds fewer than k responses a prompt. A k smaller than the stored one
+    uses the first k.
     """
     if not Path(path).exists():
         raise InputError(f"{path}: no such baseline file; make one with `steelyard sample`")
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: must be a baseline file of `steelyard sample` (Parquet): {error}") from None
     settings = json.loads((table.schema.metadata or {}).get(b"steelyard", b"{}"))
+    if "policy" in settings and "reward_model" not in settings:
+        raise InputError(f"{path}: these responses have no scores; run `steelyard sample` with a reward model")
     for role, folder in (("policy", policy), ("reward_model", reward_model)):
         if settings.get(role) != fingerprint(folder):
             raise InputError(

@@ -113,7 +113,7 @@ class RunDir:
         self.path = path
         self.keep = keep
         self._lock: int | None = lock
-        self._ready = ready
+        self._ready = self._new = ready
         self._files: dict[str, IO[bytes]] = {}
 
     @classmethod
@@ -240,6 +240,9 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A run refused for bad input before its first line never began: the mended input may use the same folder.
+        if self._new and isinstance(value, InputError) and not any((self.path / name).exists() for name in _RUN_FILES):
+            (self.path / "config.json").unlink(missing_ok=True)
         self.close()
 
     def _steps(self) -> list[int]:

@@ -108,10 +108,11 @@ class Models:
     def __init__(self, config: PPOConfig) -> None:
         self.encoder = Encoder.load(config.policy, max_length=config.max_length)
         theirs = Encoder.load(config.reward_model, max_length=config.max_length)
-        if theirs.tokenizer.get_vocab() != self.encoder.tokenizer.get_vocab():
+        ours = self.encoder.tokenizer
+        if (theirs.tokenizer.get_vocab(), theirs.tokenizer.chat_template) != (ours.get_vocab(), ours.chat_template):
             raise InputError(
-                f"{config.reward_model}: policy and reward model must share one tokenizer; train the reward model "
-                f"from {config.policy}"
+                f"{config.reward_model}: policy and reward model must share one tokenizer (vocabulary and chat "
+                f"template); train the reward model from {config.policy}"
             )
         self.policy = PolicyModel.load(config.policy, precision=config.precision)
         self.reference = PolicyModel.load(config.policy, precision=config.precision).requires_grad_(False)
@@ -168,6 +169,7 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
                 values = rollouts.values_NKT.flatten(0, 1)
                 advantages, returns = gae(rewards, values, flat, gamma=config.gamma, lam=config.lam)
                 metrics = _measure(rollouts, paid_NK, rewards, advantages, returns, scale)
+                metrics["ppo/kl_coef"] = config.kl_coef
                 shape = rollouts.mask_NKT.shape
                 whitened, returns = whiten(advantages, flat).view(shape), returns.view(shape)
                 metrics |= update(models, actor, critic, rollouts, whitened, returns, step, config)

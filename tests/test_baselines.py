@@ -1,0 +1,113 @@
+"""Offline baselines: what is stored, what is used again, and which files are refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import tiny
+from conftest import Folders
+from steelyard import baselines
+from steelyard.baselines import BaselineConfig, fingerprint, read_baselines, sample_baselines
+from steelyard.data.encode import Tree
+from steelyard.errors import InputError
+from steelyard.models.reward import RewardModel
+from steelyard.sampling import SamplingConfig
+
+
+@pytest.fixture
+def folders(language_model: Folders, reward_model: Folders) -> tuple[str, str]:
+    return language_model("llama"), reward_model("llama")
+
+
+def configure(planted: dict[str, str], folders: tuple[str, str], **settings: Any) -> BaselineConfig:
+    base = {"policy": folders[0], "reward_model": folders[1], "prompts": planted["prompts"]}
+    sampling = SamplingConfig(max_new_tokens=5)
+    return BaselineConfig.model_validate(base | {"sampling": sampling, "max_length": 64} | settings)
+
+
+def test_every_prompt_gets_k_scored_responses(
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path
+) -> None:
+    path = sample_baselines(configure(planted, folders), tmp_path)
+    table = pq.read_table(path).to_pydict()
+    assert len(table["key"]) == 36
+    model = RewardModel.load(folders[1])
+    for i in range(36):
+        tree = Tree(tuple(table["prompt_tokens"][i]), (tuple(table["response_tokens"][i]),))
+        assert table["key"][i] == table["prompt"][i] == table["key"][i // 3 * 3]
+        assert table["reward"][i] == pytest.approx(float(model.score([tree], pad_id=0)[0, 0]), rel=1e-4, abs=1e-5)
+        assert table["ended"][i] == (table["response_tokens"][i][-1] == tiny.EOS)
+        words = [tiny.VOCABULARY[t] for t in table["response_tokens"][i] if t not in (0, 1, 2, 3, 4)]
+        assert table["response"][i].split() == words
+    stored = read_baselines(path, k=None, policy=folders[0], reward_model=folders[1])
+    np.testing.assert_array_equal(np.concatenate(list(stored.values())), np.float32(table["reward"]))
+    fewer = read_baselines(path, k=2, policy=folders[0], reward_model=folders[1])
+    assert all((fewer[key] == stored[key][:2]).all() for key in stored)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".parquet", ".parquet"], "nothing half-written stays"
+
+
+def test_what_is_there_is_used_again(
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = sample_baselines(configure(planted, folders, reward_model=None), tmp_path)
+    assert "reward" not in pq.read_table(responses).column_names
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(baselines, "sample", refuse)
+    scores = sample_baselines(configure(planted, folders), tmp_path)
+    assert scores != responses
+    scored = scores.stat().st_mtime_ns
+    again = configure(planted, folders, sampling=SamplingConfig(max_new_tokens=5, rows=7), max_tokens=64)
+    assert sample_baselines(again, tmp_path) == scores
+    assert scores.stat().st_mtime_ns == scored
+    for change in ({"seed": 1}, {"k": 2}, {"limit": 3}, {"sampling": SamplingConfig(max_new_tokens=6)}):
+        with pytest.raises(AssertionError, match="sampled again"):
+            sample_baselines(configure(planted, folders, **change), tmp_path)
+
+
+def test_a_prompt_that_comes_twice_is_sampled_once(
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "w1 w2"}, {"prompt": "w3"}, {"prompt": "w1 w2"}, {"prompt": "w4 " * 60}]
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    path = sample_baselines(configure(planted, folders, prompts=prompts, k=2), tmp_path / "out")
+    assert pq.read_table(path)["key"].to_pylist() == ["w1 w2", "w1 w2", "w3", "w3"], "a prompt without room is left out"
+    with pytest.raises(InputError, match="no prompt leaves room"):
+        sample_baselines(configure(planted, folders, prompts=prompts, max_length=8, limit=1,
+                                   sampling=SamplingConfig(max_new_tokens=7)), tmp_path / "b")  # fmt: skip
+
+
+def test_a_fingerprint_is_that_of_the_contents(folders: tuple[str, str], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[0], copy)
+    assert fingerprint(copy) == fingerprint(folders[0])
+    (copy / "training.log").write_text("not part of the model")
+    assert fingerprint(copy) == fingerprint(folders[0])
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert fingerprint(copy) != fingerprint(folders[0])
+
+
+def test_files_of_other_models_are_refused(folders: tuple[str, str], planted: dict[str, str], tmp_path: Path) -> None:
+    policy, reward = folders
+    path = sample_baselines(configure(planted, folders), tmp_path)
+
+    def refuse(match: str, path: Path = path, *, k: int | None = None, policy: str = policy, rm: str = reward) -> None:
+        with pytest.raises(InputError, match=match):
+            read_baselines(path, k=k, policy=policy, reward_model=rm)
+
+    refuse("sampled from another model .* run `steelyard sample` with this policy", policy=reward)
+    refuse("scored by another model .* run `steelyard sample` with this reward model", rm=policy)
+    refuse("holds 3 responses per prompt, 4 are wanted; sample again with k = 4", k=4)
+    refuse("no such baseline file", tmp_path / "none.parquet")
+    refuse("must be a baseline file", Path(planted["prompts"]))
+    refuse("have no scores", sample_baselines(configure(planted, folders, reward_model=None), tmp_path))

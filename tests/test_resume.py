@@ -1,0 +1,228 @@
+"""Killed without warning, at any moment, and continued: every stage ends with the same bytes.
+
+Run as a script, this file is a process that has the imports done and forks a child for each life: importing anew
+would take longer than the lives do.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Folders
+from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard.data.load import load_preferences
+from steelyard.measure import MemberConfig, StrengthConfig, measure
+from steelyard.run_dir import RunDir
+from steelyard.sampling import SamplingConfig
+from steelyard.train.optim import OptimConfig
+from steelyard.train.ppo import PPOConfig, train_ppo
+from steelyard.train.reward import RewardConfig, train_reward
+from steelyard.train.sft import ScratchConfig, SFTConfig, train_sft
+
+TRAIN: dict[str, Callable[..., Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+
+
+@contextmanager
+def at_event(hook: Callable[[int], None]) -> Iterator[None]:
+    """Call `hook(n)` before the n-th thing that changes state: a step, a line, a synchronised or renamed file."""
+    count = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            hook(count)
+            count += 1
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    places: list[tuple[Any, str]] = [(os, "fsync"), (os, "replace"), (torch.optim.AdamW, "step"), (RunDir, "_append")]
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), original in zip(places, before, strict=True):
+        setattr(owner, name, counted(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, before, strict=True):
+            setattr(owner, name, original)
+
+
+@pytest.fixture(scope="module")
+def life() -> Iterator[Callable[..., int]]:
+    """life(function, *arguments): run a function of this file in a process of its own; returns its exit status."""
+    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    wish, answer = process.stdin, process.stdout
+
+    def live(function: Callable[..., None], *arguments: Any) -> int:
+        pickle.dump((function.__name__, arguments), wish)
+        wish.flush()
+        status: int = pickle.load(answer)
+        return status
+
+    yield live
+    wish.close()
+    assert process.wait(10) == 0
+    answer.close()
+
+
+def serve() -> None:
+    """Fork a child for each (function, arguments) that comes in; send back how it ended."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
+
+    torch.set_num_threads(1)
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    while True:
+        try:
+            name, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        if (child := os.fork()) == 0:
+            try:
+                globals()[name](*arguments)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        pickle.dump(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), answer)
+        answer.flush()
+
+
+def train_until(stage: str, config: Any, out: Path, event: int) -> None:
+    """A job: train, and be killed at the event (once it comes)."""
+
+    def hook(n: int) -> None:
+        if n == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with at_event(hook):
+        TRAIN[stage](config, out, resume=True, quiet=True)
+
+
+def outcome(out: Path) -> dict[str, bytes]:
+    files = [*(out / "model").iterdir(), *(out / n for n in ("metrics.jsonl", "result.json", "samples.jsonl"))]
+    return {path.name: path.read_bytes() for path in files if path.exists()}
+
+
+@pytest.fixture(scope="module")
+def configs(
+    language_model: Folders, reward_model: Folders, planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    sampling = SamplingConfig(max_new_tokens=5)
+    stored = sample_baselines(
+        BaselineConfig(
+            policy=language_model("llama"), reward_model=reward_model("llama"), prompts=planted["prompts"],
+            max_length=64, sampling=sampling, k=2,
+        ),
+        tmp_path_factory.mktemp("baselines"),
+    )  # fmt: skip
+    return {
+        # Word vectors shared by input and output are one tensor in memory and two names in the state.
+        "sft": SFTConfig(
+            data=planted["demonstrations"], validation=planted["demonstrations"], tokenizer=language_model("llama"),
+            scratch=ScratchConfig(layers=1, width=16, heads=2, context=32), batch_size=8, epochs=2, max_length=32,
+            optim=OptimConfig(lr=1e-2, weight_decay=0.1), save_every=3, log_every=2,
+        ),
+        "reward": RewardConfig(
+            data=planted["held-out"], model=language_model("llama"), validation={"own": planted["held-out"]},
+            batch_size=8, epochs=1.5, max_length=64, optim=OptimConfig(lr=3e-3), save_every=3, log_every=2,
+            eval_every=4,
+        ),
+        "ppo": PPOConfig(
+            policy=language_model("llama"), reward_model=reward_model("llama"), prompts=planted["prompts"],
+            baselines=str(stored), steps=7, prompts_per_step=5, samples_per_prompt=2, minibatches=2, epochs=2,
+            critic_warmup=1, max_length=64, sampling=sampling, actor=OptimConfig(lr=1e-3),
+            critic=OptimConfig(lr=1e-3), save_every=2, sample_every=3, gold="tiny:count_good",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", list(TRAIN))
+def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
+    stage: str, configs: dict[str, Any], life: Callable[..., int], tmp_path: Path
+) -> None:
+    events: list[int] = []
+    with at_event(events.append):
+        TRAIN[stage](configs[stage], tmp_path / "whole", quiet=True)
+    expected = outcome(tmp_path / "whole")
+    assert {"model.safetensors", "metrics.jsonl", "result.json"} <= expected.keys()
+
+    # Each life continues where the last one ended; one of them dies early, one late, the others anywhere.
+    rng, out = np.random.default_rng(len(stage)), tmp_path / "killed"
+    total = len(events)
+    points = [int(rng.integers(1, total // 4)), *rng.integers(2, total // 2, 2).tolist()]
+    for point in points:
+        assert life(train_until, stage, configs[stage], out, point) == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    TRAIN[stage](configs[stage], out, resume=True, quiet=True)
+    found = outcome(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    steps = [line for line in found["metrics.jsonl"].splitlines() if b"train/" in line or b"ppo/" in line]
+    assert len(steps) == {"sft": 6, "reward": 6, "ppo": 7}[stage]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(TRAIN))
+def test_killed_once_at_every_third_event(
+    stage: str, configs: dict[str, Any], life: Callable[..., int], tmp_path: Path
+) -> None:
+    events: list[int] = []
+    with at_event(events.append):
+        TRAIN[stage](configs[stage], tmp_path / "whole", quiet=True)
+    expected = outcome(tmp_path / "whole")
+    for point in range(0, len(events), 3):
+        out = tmp_path / str(point)
+        assert life(train_until, stage, configs[stage], out, point) == -signal.SIGKILL
+        TRAIN[stage](configs[stage], out, resume=True, quiet=True)
+        assert outcome(out) == expected, point
+
+
+def measure_until(config: StrengthConfig, out: Path, event: int) -> None:
+    """A job: measure, and be killed at the event."""
+
+    def hook(n: int) -> None:
+        if n == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with at_event(hook):
+        measure(config, load_preferences(config.data).preferences, out, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("backend", ["full", "head"])
+def test_a_measurement_continues_too(
+    backend: str, language_model: Folders, planted: dict[str, str], life: Callable[..., int], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"backend": backend, "members": 2, "folds": 2, "max_length": 64}
+    if backend == "full":
+        settings |= {"workers": 1, "member": MemberConfig(batch_size=16, optim=OptimConfig(lr=3e-3))}
+    config = StrengthConfig.model_validate({"data": planted["held-out"], "model": language_model("llama")} | settings)
+    preferences = load_preferences(planted["held-out"]).preferences
+    events: list[int] = []
+    with at_event(events.append):
+        expected = measure(config, preferences, tmp_path / "whole", quiet=True)
+    for share in (0.3, 0.5):
+        point = int(share * len(events))
+        assert life(measure_until, config, tmp_path / "killed", point) == -signal.SIGKILL
+    assert measure(config, preferences, tmp_path / "killed", resume=True, quiet=True) == expected
+    whole, killed = ((tmp_path / folder / "strength.parquet").read_bytes() for folder in ("whole", "killed"))
+    assert whole == killed
+    a, b = (np.load(tmp_path / folder / "margins.npz")["scores"] for folder in ("whole", "killed"))
+    np.testing.assert_array_equal(a, b)
+
+
+if __name__ == "__main__":
+    serve()
