@@ -134,16 +134,16 @@ def configs(
         "sft": SFTConfig(
             data=planted["demonstrations"], validation=planted["demonstrations"], tokenizer=language_model("llama"),
             scratch=ScratchConfig(layers=1, width=16, heads=2, context=32), batch_size=8, epochs=2, max_length=32,
-            optim=OptimConfig(lr=1e-2, weight_decay=0.1), save_every=3, log_every=2,
+            optim=OptimConfig(lr=1e-2, weight_decay=0.1), save_every=3, log_every=4,
         ),
         "reward": RewardConfig(
             data=planted["held-out"], model=language_model("llama"), validation={"own": planted["held-out"]},
-            batch_size=8, epochs=1.5, max_length=64, optim=OptimConfig(lr=3e-3), save_every=3, log_every=2,
+            batch_size=8, epochs=1.5, max_length=64, optim=OptimConfig(lr=3e-3), save_every=3, log_every=4,
             eval_every=4,
         ),
         "ppo": PPOConfig(
             policy=language_model("llama"), reward_model=reward_model("llama"), prompts=planted["prompts"],
-            baselines=str(stored), steps=7, prompts_per_step=5, samples_per_prompt=2, minibatches=2, epochs=2,
+            baselines=str(stored), steps=7, prompts_per_step=8, samples_per_prompt=8, minibatches=2, epochs=2,
             critic_warmup=1, max_length=64, sampling=sampling, actor=OptimConfig(lr=1e-3),
             critic=OptimConfig(lr=1e-3), save_every=2, sample_every=3, gold="tiny:count_good",
         ),
@@ -160,19 +160,20 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     expected = outcome(tmp_path / "whole")
     assert {"model.safetensors", "metrics.jsonl", "result.json"} <= expected.keys()
 
-    # Each life continues where the last one ended; one of them dies early, one late, the others anywhere.
+    # One life ends before the first checkpoint, one late, and two soon after they were restored.
     rng, out = np.random.default_rng(len(stage)), tmp_path / "killed"
     total = len(events)
-    points = [int(rng.integers(1, total // 4)), *rng.integers(2, total // 2, 2).tolist()]
+    points = [int(total * rng.uniform(low, high)) for low, high in ((0, 0.15), (0.55, 0.75), (0.02, 0.1), (0.1, 0.25))]
     for point in points:
         assert life(train_until, stage, configs[stage], out, point) == -signal.SIGKILL
         assert not (out / "result.json").exists()
+    assert list((out / "checkpoints").glob("step-*"))
     TRAIN[stage](configs[stage], out, resume=True, quiet=True)
     found = outcome(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
     steps = [line for line in found["metrics.jsonl"].splitlines() if b"train/" in line or b"ppo/" in line]
-    assert len(steps) == {"sft": 6, "reward": 6, "ppo": 7}[stage]
+    assert len(steps) == {"sft": 3, "reward": 3, "ppo": 7}[stage]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.errors import InputError
 from steelyard.models.policy import PolicyModel
 from steelyard.rewards import RunningScale
-from steelyard.sampling import Sample, SamplingConfig
+from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.train import ppo
 from steelyard.train.optim import OptimConfig
 from steelyard.train.ppo import PPOConfig, train_ppo
@@ -63,7 +63,7 @@ class Record:
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     kept = Record([], [], [])
-    sample, clip = ppo.sample, torch.nn.utils.clip_grad_norm_
+    clip = torch.nn.utils.clip_grad_norm_
 
     def watch_sample(policy: Any, prompts: Any, keys: Any, **options: Any) -> Any:
         drawn = sample(policy, prompts, keys, **options)
