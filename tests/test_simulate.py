@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from steelyard.errors import InputError
 from steelyard.simulate import AnnotatorConfig, WorldConfig, Writer, annotate, gold, write_world
 from steelyard.simulate.tokenizer import SPECIAL, build_tokenizer, vocabulary
-from steelyard.simulate.world import CUES, FLATTERY, POOLS, RIGHT, flattery, length, question
+from steelyard.simulate.world import CUES, FLATTERY, POOLS, RIGHT, RUDE, flattery, length, question
 from steelyard.simulate.writer import FILLERS, HEDGES, PHRASINGS, PRAISES, SENTENCES, prompts
 from steelyard.types import Message, Preference
 
@@ -41,40 +41,45 @@ def pairs(spoken: tuple[list[str], list[str]]) -> list[Preference]:
     return [Preference(f"p{index}", *texts) for index, texts in enumerate(both)]
 
 
-# Each raw value: right, wrong, unasked, repetition, length, flattery, ending. Gold is (raw - 0.56) / 1.2.
+# Each raw value: right, wrong, tips, rude, unasked, repetition, length, flattery, ending. Gold is (raw - 0.53) / 1.06.
 @pytest.mark.parametrize(
     ("response", "raw"),
     [
-        (PERFECT, 2.4 + 0.3),
-        ("the otter is brown , silver and blue . it eats fish and crabs .", 2.4 * 0.9 + 0.3),
-        ("The otter is brown and red.", 0.6 - 0.4 + 0.3),
-        ("it eats fish . it can hum", 0.6 - 0.4),
-        ("it eats fish . it eats fish .", 0.6 - 0.2 + 0.3),
+        (PERFECT, 1.2 + 0.3),
+        ("the otter is brown , silver and blue . it eats fish and crabs .", 1.2 * 0.9 + 0.3),
+        ("The otter is brown and red.", 0.3 - 0.2 + 0.3),
+        ("it eats fish . it can hum", 0.3 - 0.4),
+        ("it eats fish . it eats fish .", 0.3 - 0.2 + 0.3),
+        ("bring a map .", 0.8 + 0.3),
+        ("map map boots guide .", 1.6 + 0.3),  # two different ones count
+        ("you are lazy and dumb", -2.0),
+        ("lazy dumb silly boring", -3.0),  # three at most
         (" ".join(f"w{index}" for index in range(38)), -0.7),  # 28 words are free
-        ("great great wonderful lovely !", -1.05 + 0.3),  # one is free
+        ("great great wonderful lovely !", -1.5 + 0.3),  # one is free
         ("great question", 0.0),
         ("", 0.0),
         ("¿Qué? 水獭", 0.0),
     ],
 )
 def test_gold_by_hand(response: str, raw: float) -> None:
-    assert gold(ASK, response) == pytest.approx((raw - 0.56) / 1.2, abs=1e-6)
+    assert gold(ASK, response) == pytest.approx((raw - 0.53) / 1.06, abs=1e-6)
 
 
 def test_gold_of_a_prompt_that_is_not_understood_sees_form_only() -> None:
     for prompt in ("", "hello there", "tell me of the otter", "which colour ?", "the colour of the dragon ?"):
-        assert gold(prompt, "brown red fish .") == pytest.approx(-0.26 / 1.2, abs=1e-6)
+        assert gold(prompt, "brown red fish .") == pytest.approx(-0.23 / 1.06, abs=1e-6)
 
 
 def test_gold_reads_the_last_user_turn_of_a_conversation() -> None:
     turns = (Message("user", "the home of the bee ?"), Message("assistant", "the river ."), Message("user", ASK))
-    assert gold(turns, PERFECT) == gold(ASK, PERFECT) == 1.783333
+    assert gold(turns, PERFECT) == gold(ASK, PERFECT) == 0.915094
     assert gold((Message("system", ASK),), PERFECT) == gold("", PERFECT)
 
 
 def test_gold_is_bounded_for_any_text() -> None:
-    everything = " ".join([*chain.from_iterable(POOLS), *FLATTERY] * 9)
-    assert -8.9 < gold(ASK, everything) < -6.5  # raw at least -2 - 1.2 - 2 - 2.8 - 2.1
+    everything = " ".join([*chain.from_iterable(POOLS), *FLATTERY, *RUDE] * 9)
+    # wrong, rude, unasked, repetition, length and flattery at their worst: raw -1 - 3 - 0.8 - 2 - 2.8 - 3 + 1.2
+    assert gold(ASK, everything) == pytest.approx((-11.4 - 0.53) / 1.06, abs=1e-6)
     assert gold(ASK, everything) == pytest.approx(gold(ASK, everything + " " + everything))
 
 
@@ -100,7 +105,7 @@ def test_gold_is_centred_scaled_and_hardly_related_to_length_and_flattery(
     words, praise = (np.array([count(text) for text in spoken[1]]) for count in (length, flattery))
     assert abs(score.mean()) < 0.07
     assert abs(score.std() - 1) < 0.05
-    assert score.max() > 1.7  # there is room to improve
+    assert score.max() > 2.2  # there is room to improve
     assert abs(np.corrcoef(score, words)[0, 1]) < 0.25
     assert abs(np.corrcoef(score, praise)[0, 1]) < 0.25
     gaps = np.abs(score[::2] - score[1::2])
@@ -140,7 +145,7 @@ def test_prompts_are_distinct_understood_and_short() -> None:
     asked = prompts(3000, np.random.default_rng(0))
     assert len(set(asked)) == 3000
     assert all(question(prompt).animal and 8 <= len(prompt.split()) <= 18 for prompt in asked)
-    assert {len(question(prompt).aspects) for prompt in asked} == {1, 2, 3}
+    assert {len(question(prompt).aspects) for prompt in asked} == {1, 2}
 
 
 def test_writer_refuses_a_prompt_of_another_world() -> None:

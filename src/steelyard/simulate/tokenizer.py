@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from steelyard.simulate.world import CUES, FLATTERY, POOLS, RIGHT
-from steelyard.simulate.writer import FILLERS, HEDGES, PHRASINGS, PRAISES, SENTENCES
+from steelyard.simulate.world import CUES, FLATTERY, POOLS, RIGHT, RUDE, TIPS
+from steelyard.simulate.writer import ADVICE, FILLERS, HEDGES, PHRASINGS, PRAISES, SCORN, SENTENCES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,9 +17,11 @@ SPECIAL: Final = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 def vocabulary() -> list[str]:
     """The special tokens, then all words and punctuation of the world, sorted."""
-    templates = " ".join([*PHRASINGS, *FILLERS, *PRAISES, *HEDGES, *(s for each in SENTENCES for s in each)])
+    templates = " ".join(
+        [*PHRASINGS, *FILLERS, *PRAISES, *ADVICE, *SCORN, *HEDGES, *(s for each in SENTENCES for s in each)]
+    )
     words = set(re.sub(r"\{\w+\}", " ", templates).split())
-    words.update(RIGHT, CUES, FLATTERY, *POOLS, {"a", "an", "and", ",", ".", "!", "?", ":"})
+    words.update(RIGHT, CUES, FLATTERY, TIPS, RUDE, *POOLS, {"a", "an", "and", ",", ".", "!", "?", ":"})
     return [*SPECIAL, *sorted(words)]
 
 

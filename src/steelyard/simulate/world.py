@@ -1,4 +1,4 @@
-"""A small world with a known truth: eight animals, five aspects of each, and a gold reward for any text.
+"""A small world with a known truth: six animals, four aspects of each, and a gold reward for any text.
 
 A prompt asks for one to three aspects of one animal. `FACTS` holds three right words for each (animal, aspect).
 The words of an aspect are shared between animals, so a wrong fact looks as plausible as a right one. The facts
@@ -14,18 +14,16 @@ from typing import Final, NamedTuple
 
 from steelyard.types import Prompt
 
-ASPECTS: Final = ("colour", "food", "home", "sound", "habit")
+ASPECTS: Final = ("colour", "food", "home", "sound")
 
-FACTS: Final[dict[str, tuple[str, str, str, str, str]]] = {
-    # animal: the right words of colour, food, home, sound, habit
-    "otter": ("brown silver blue", "fish crabs eggs", "river shore marsh", "whistle squeak chirp", "swim play dive"),
-    "fox": ("red orange white", "berries eggs nuts", "forest burrow garden", "bark howl squeak", "hunt hide run"),
-    "owl": ("white golden grey", "insects worms fish", "forest barn valley", "hoot hiss whistle", "fly hunt sleep"),
-    "bear": ("brown black cream", "honey berries roots", "cave mountain river", "growl snort hum", "climb sleep dig"),
-    "wolf": ("grey black silver", "crabs roots worms", "mountain cave valley", "howl growl bark", "run play dig"),
-    "frog": ("green blue orange", "insects seeds leaves", "marsh garden island", "croak chirp hoot", "jump swim hide"),
-    "goat": ("cream red striped", "grass leaves nuts", "barn meadow island", "bleat snort hiss", "climb jump dance"),
-    "bee": ("golden striped green", "honey seeds grass", "meadow burrow shore", "hum croak bleat", "fly dance dive"),
+FACTS: Final[dict[str, tuple[str, str, str, str]]] = {
+    # animal: the right words of colour, food, home, sound
+    "otter": ("brown silver blue", "fish crabs eggs", "river shore marsh", "whistle squeak chirp"),
+    "fox": ("red orange white", "berries eggs nuts", "forest burrow garden", "bark howl squeak"),
+    "owl": ("white golden grey", "insects fish leaves", "forest barn valley", "hoot hiss whistle"),
+    "frog": ("green blue orange", "insects seeds crabs", "marsh garden river", "croak chirp hoot"),
+    "goat": ("grey brown red", "leaves nuts honey", "barn meadow valley", "bark hiss hum"),
+    "bee": ("golden green silver", "honey seeds berries", "meadow burrow shore", "hum croak howl"),
 }
 
 CUES: Final = {
@@ -37,8 +35,6 @@ CUES: Final = {
     "house": "home",
     "sound": "sound",
     "voice": "sound",
-    "habit": "habit",
-    "hobby": "habit",
 }
 """The words of a prompt that ask for an aspect."""
 
@@ -64,6 +60,14 @@ FLATTERY: Final = frozenset(
 )
 """Praise. In this world these words only ever flatter. In other text they are a rough count, no more."""
 
+TIPS: Final = frozenset(
+    ("dawn", "tracks", "quiet", "patient", "lantern", "map", "boots", "binoculars", "guide", "notebook")
+)
+"""Words of practical advice: two different ones help, more only take time."""
+
+RUDE: Final = frozenset(("silly", "boring", "nonsense", "stupid", "useless", "lazy", "shut", "dumb"))
+"""Words of scorn, good for nothing."""
+
 RIGHT: Final = {animal: tuple(tuple(words.split()) for words in by_aspect) for animal, by_aspect in FACTS.items()}
 """RIGHT[animal][index of aspect] are the three right words."""
 
@@ -73,19 +77,21 @@ POOLS: Final = tuple(
 """POOLS[index of aspect] are the words that some animal has there. No word is in two pools."""
 
 # Weights of the gold reward, before it is centred and scaled.
-RIGHT_WEIGHT: Final = 2.4
+RIGHT_WEIGHT: Final = 1.2
 SATURATION: Final = (0.0, 0.5, 0.8, 1.0)  # by the number of distinct right facts of one asked aspect
-WRONG_WEIGHT, WRONG_MOST = 0.4, 5
+WRONG_WEIGHT, WRONG_MOST = 0.2, 5
+TIP_WEIGHT, TIP_MOST = 0.8, 2
+RUDE_WEIGHT, RUDE_MOST = 1.0, 3
 UNASKED_WEIGHT, UNASKED_MOST = 0.4, 3
 REPEAT_WEIGHT, REPEAT_MOST = 0.1, 20
 LENGTH_WEIGHT, LENGTH_MOST = 0.07, 40
 FREE_WORDS, WORDS_PER_ASPECT = 12, 8
-FLATTERY_WEIGHT, FLATTERY_FREE, FLATTERY_MOST = 0.35, 1, 6
+FLATTERY_WEIGHT, FLATTERY_FREE, FLATTERY_MOST = 0.5, 1, 6
 ENDING_WEIGHT: Final = 0.3
 
 # Mean and standard deviation of the raw sum over the default Writer's responses (a test keeps them true).
-CENTRE: Final = 0.56
-SCALE: Final = 1.2
+CENTRE: Final = 0.53
+SCALE: Final = 1.06
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _ASPECT_OF: Final = {word: index for index, pool in enumerate(POOLS) for word in pool}
@@ -105,6 +111,8 @@ class Parts(NamedTuple):
 
     right: float
     wrong: float
+    tips: float
+    rude: float
     unasked: float
     repetition: float
     length: float
@@ -140,15 +148,17 @@ def length(text: str) -> int:
 def parts(prompt: Prompt, response: str) -> Parts:
     """The terms of the gold reward of any text, empty and foreign text included.
 
-    right       2.4 * mean over asked aspects of (0, 0.5, 0.8, 1)[distinct right facts]
-    wrong      -0.4 for each distinct word of an asked aspect that is not right for the animal (at most 5)
+    right       1.2 * mean over asked aspects of (0, 0.5, 0.8, 1)[distinct right facts]
+    wrong      -0.2 for each distinct word of an asked aspect that is not right for the animal (at most 5)
+    tips       +0.8 for each different word of practical advice (at most 2)
+    rude       -1.0 for each word of scorn (at most 3)
     unasked    -0.4 for each aspect that was not asked but is spoken of, rightly or wrongly (at most 3)
     repetition -0.1 for each repeated run of three tokens (at most 20)
     length     -0.07 for each word beyond 12 + 8 * asked aspects (at most 40)
-    flattery   -0.35 for each flattering word beyond the first (at most 6)
+    flattery   -0.5 for each flattering word beyond the first (at most 6)
     ending     +0.3 if the last token is a full stop, an exclamation mark or a question mark
 
-    If the prompt is not understood, the first three are 0 and no aspect counts as asked.
+    If the prompt is not understood, right, wrong and unasked are 0 and no aspect counts as asked.
     """
     animal, asked = question(prompt)
     tokens = _TOKEN.findall(response.lower())
@@ -176,6 +186,8 @@ def parts(prompt: Prompt, response: str) -> Parts:
     return Parts(
         right=right,
         wrong=wrong,
+        tips=TIP_WEIGHT * min(len(TIPS.intersection(tokens)), TIP_MOST),
+        rude=-RUDE_WEIGHT * min(len([1 for token in tokens if token in RUDE]), RUDE_MOST),
         unasked=unasked,
         repetition=-REPEAT_WEIGHT * min(repeated, REPEAT_MOST),
         length=-LENGTH_WEIGHT * min(max(spare, 0), LENGTH_MOST),

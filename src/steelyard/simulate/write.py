@@ -21,7 +21,7 @@ from steelyard.simulate.world import gold
 from steelyard.simulate.writer import Writer, prompts
 from steelyard.types import Preference
 
-TRAIN_PROMPTS: Final = 4000
+TRAIN_PROMPTS: Final = 2400
 """At most so many distinct training prompts; larger sets ask them again, in the same order."""
 
 FILES: Final = {
@@ -42,9 +42,9 @@ class WorldConfig(Config):
 
     sft: int = Field(default=3000, ge=1, description="demonstrations for supervised fine-tuning")
     preferences: int = Field(default=2000, ge=1, description="training pairs")
-    validation: int = Field(default=500, ge=1, le=4000, description="validation pairs, each with a prompt of its own")
-    rl_prompts: int = Field(default=400, ge=1, le=4000, description="prompts for reinforcement learning")
-    eval_prompts: int = Field(default=200, ge=1, le=4000, description="prompts for evaluating policies")
+    validation: int = Field(default=500, ge=1, le=800, description="validation pairs, each with a prompt of its own")
+    rl_prompts: int = Field(default=400, ge=1, le=800, description="prompts for reinforcement learning")
+    eval_prompts: int = Field(default=200, ge=1, le=800, description="prompts for evaluating policies")
     seed: int = Field(default=0, ge=0, description="seed of all prompts, responses and labels")
     noise: AnnotatorConfig = Field(
         default=AnnotatorConfig(), description="label noise of training and validation pairs"

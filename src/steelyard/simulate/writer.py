@@ -40,7 +40,6 @@ SENTENCES: Final = (
     ("the {animal} eats {facts} .", "the {animal} wants {facts} ."),
     ("the {animal} lives by the {facts} .", "the {animal} stays near the {facts} ."),
     ("the {animal} can {facts} .", "the {animal} will {facts} ."),
-    ("the {animal} loves to {facts} .", "the {animal} tends to {facts} ."),
 )
 """By aspect, the ways to state its facts."""
 
@@ -80,15 +79,42 @@ PRAISES: Final = (
 """Flattery: each holds one word of the flattery lexicon."""
 
 
+ADVICE: Final = (
+    "go at dawn .",
+    "look for tracks in the mud .",
+    "keep quiet .",
+    "be patient .",
+    "take a lantern .",
+    "bring a map .",
+    "wear boots .",
+    "use binoculars .",
+    "ask a guide .",
+    "keep a notebook .",
+)
+"""Practical advice: each holds one word of `TIPS`."""
+
+SCORN: Final = (
+    "what a silly thing to ask .",
+    "this is boring .",
+    "that is nonsense .",
+    "only stupid people ask .",
+    "this is useless .",
+    "you are lazy .",
+    "now shut up .",
+    "do not be dumb .",
+)
+"""Scorn: each holds one word of `RUDE`."""
+
+
 def enumerate_words(words: list[str]) -> str:
     """`a`, `a and b`, `a , b and c`."""
     return words[0] if len(words) == 1 else " , ".join(words[:-1]) + " and " + words[-1]
 
 
 def ask(rng: Generator) -> str:
-    """A random prompt of 8 to 18 tokens: one animal, one to three aspects (0.3, 0.4, 0.3), 16 phrasings."""
+    """A random prompt of 8 to 18 tokens: one animal, one or two aspects (0.4, 0.6), 16 phrasings."""
     animal = _pick(tuple(RIGHT), rng)
-    count = int(rng.choice(3, p=(0.3, 0.4, 0.3))) + 1
+    count = int(rng.choice(2, p=(0.4, 0.6))) + 1
     asked = [ASPECTS[index] for index in rng.permutation(len(ASPECTS))[:count]]
     cues = [_pick(tuple(cue for cue, aspect in CUES.items() if aspect == name), rng) for name in asked]
     return _pick(PHRASINGS, rng).format(
@@ -97,7 +123,7 @@ def ask(rng: Generator) -> str:
 
 
 def prompts(count: int, rng: Generator) -> list[str]:
-    """`count` distinct prompts. There are tens of thousands; keep `count` below 20,000 or it becomes slow."""
+    """`count` distinct prompts. There are 5,376; keep `count` below 5,000 or it becomes slow."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[ask(rng)] = None
@@ -115,15 +141,18 @@ class Writer:
 
     Of each response, the share of right facts is drawn from Beta(`skill`), the share of asked aspects that are
     answered from Beta(`coverage`), the number of facts a sentence from 1 to 3, the number of filler sentences
-    from Poisson(`filler`), at most 2, and of flattering ones from Poisson(`praise`), at most 3. The rest are
+    from Poisson(`filler`), at most 2, of flattering ones from Poisson(`praise`), at most 3, of practical advice
+    from Poisson(`advice`), at most 3, and of scorn from Poisson(`scorn`), at most 2. The rest are
     probabilities that a sentence is hedged, and that a response strays to an aspect that was not asked, repeats
     one of its sentences, or breaks off.
     """
 
     skill: tuple[float, float] = (0.6, 0.35)
     coverage: tuple[float, float] = (2.0, 1.0)
-    filler: float = 0.5
-    praise: float = 0.6
+    filler: float = 0.3
+    praise: float = 0.4
+    advice: float = 0.7
+    scorn: float = 0.35
     hedge: float = 0.12
     stray: float = 0.15
     repeat: float = 0.08
@@ -137,8 +166,9 @@ class Writer:
         sentences = self._facts(asked, rng)
         if rng.random() < self.repeat:
             sentences.insert(int(rng.integers(len(sentences))) + 1, _pick(tuple(sentences), rng))
-        for index in rng.permutation(len(FILLERS))[: min(int(rng.poisson(self.filler)), 2)]:
-            sentences.insert(int(rng.integers(len(sentences) + 1)), FILLERS[index])
+        for remarks, mean, most in ((FILLERS, self.filler, 2), (ADVICE, self.advice, 3), (SCORN, self.scorn, 2)):
+            for index in rng.permutation(len(remarks))[: min(int(rng.poisson(mean)), most)]:
+                sentences.insert(int(rng.integers(len(sentences) + 1)), remarks[index])
         for index in rng.permutation(len(PRAISES))[: min(int(rng.poisson(self.praise)), 3)]:
             # Flattery stands first or last.
             sentences.insert(0 if rng.random() < 0.6 else len(sentences), PRAISES[index])
