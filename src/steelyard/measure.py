@@ -7,6 +7,7 @@ pass of the frozen trunk (steelyard.probe).
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 from pydantic import Field
 
+from steelyard.baselines import fingerprint
 from steelyard.config import Config
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences
@@ -293,9 +295,10 @@ def _head_scores(
         config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
     )
     chosen = layer_choice(model.hf.config.get_text_config().num_hidden_layers, config.layers)
-    table = features(
-        model, trees, chosen, out / "features.npy", pad_id=encoder.pad_id, max_tokens=config.max_tokens, quiet=quiet
-    )
+    # Beside the run's folder, so that both scorings of one data set share the pass.
+    key = hashlib.sha256(repr((fingerprint(config.model), chosen, config.precision, trees)).encode()).hexdigest()[:16]
+    cache = out.parent / f"features-{key}.npy"
+    table = features(model, trees, chosen, cache, pad_id=encoder.pad_id, max_tokens=config.max_tokens, quiet=quiet)
     probes = Probes(table)
     N = len(trees)
     penalty = config.penalty

@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 _GRACE_SECONDS = 2.0
+# transformers imports its parts when they are first used: without the last two every worker would spend seconds on it.
+_PRELOAD = ("torch", "transformers", "transformers.modeling_utils", "transformers.models.llama.modeling_llama")
 
 
 class JobError(RuntimeError):
@@ -69,7 +71,7 @@ def run_jobs(
     names = list(labels) if labels is not None else [f"job {index}" for index in range(len(jobs))]
     pickled = [_pickle_job(function, job, name) for job, name in zip(jobs, names, strict=True)]
     if preload is None:
-        preload = ("torch", "transformers", getattr(function, "__module__", "torch"))
+        preload = (*_PRELOAD, getattr(function, "__module__", "torch"))
     outcomes = _here(pickled, threads) if workers == 1 else _elsewhere(pickled, names, workers, threads, preload)
     results: dict[int, R] = {}
     try:

@@ -54,6 +54,7 @@ class DataConfig(Config):
     validation: str | None = Field(None, description="validation pairs with other prompts than the training pairs")
     prompts: str | None = Field(None, description="prompts for PPO; none given: those of the preferences")
     eval_prompts: str | None = Field(None, description="prompts on which policies are examined")
+    limit: int | None = Field(None, ge=1, description="use only the first usable pairs")
     truth_column: str | None = Field(None, description="column with 1 label right, -1 wrong, 0 tie: evaluation only")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
 
@@ -118,7 +119,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
     run = _Run(recipe, out, resume)
     began = time.time()
     files = run.stage("data", lambda: _data(recipe, out))
-    model = run.stage("SFT", lambda: _sft(recipe, files, out, resume))
+    model = run.stage("SFT", lambda: _sft(recipe, files, out))
     measured = {
         scoring: run.stage(f"strength, {scoring}", partial(_strength, recipe, files, model, out, scoring, resume))
         for scoring in recipe.scorings
@@ -218,7 +219,10 @@ def _data(recipe: Recipe, out: Path) -> Files:
         raise InputError("a recipe needs `world` or `data`")
     loaded = load_preferences(data.preferences, on_invalid=data.on_invalid)
     print(loaded.report.text(), flush=True)
-    truth_of = truth_column(loaded.preferences, data.truth_column, data.preferences)
+    preferences, pairs = data.preferences, loaded.preferences[: data.limit]
+    if data.limit is not None:
+        preferences = str(write_preferences(pairs, out / "data" / "preferences.jsonl", overwrite=True))
+    truth_of = truth_column(pairs, data.truth_column, data.preferences)
     labels: dict[str, int] | None = None
     validation: dict[str, str] = {}
     if data.validation is not None:
@@ -227,9 +231,9 @@ def _data(recipe: Recipe, out: Path) -> Files:
         labels = truth_column(held_out.preferences, data.truth_column, data.validation)
         validation = _validation_sets(data.validation, labels, out / "validation", data.on_invalid)
     return Files(
-        preferences=data.preferences,
+        preferences=preferences,
         validation=validation,
-        prompts=data.prompts or data.preferences,
+        prompts=data.prompts or preferences,
         eval_prompts=data.eval_prompts,
         sft=None,
         tokenizer=None,
@@ -275,7 +279,7 @@ def _validation_sets(path: str, truth: dict[str, int] | None, out: Path, on_inva
     }
 
 
-def _sft(recipe: Recipe, files: Files, out: Path, resume: bool) -> str:
+def _sft(recipe: Recipe, files: Files, out: Path) -> str:
     if recipe.sft is None:
         return recipe.model
     settings: Settings = {"seed": recipe.seed} | recipe.sft
@@ -284,8 +288,13 @@ def _sft(recipe: Recipe, files: Files, out: Path, resume: bool) -> str:
     if recipe.model == "scratch":
         settings["tokenizer"] = files.tokenizer
     config = build(SFTConfig, "sft", settings, model=recipe.model)
-    train_sft(config, out / "sft", resume=resume)
+    run_jobs(_train_sft, [(config, out / "sft")], workers=1, threads=recipe.threads, labels=["SFT"])
     return str(out / "sft" / "model")
+
+
+def _train_sft(config: SFTConfig, out: Path) -> dict[str, Any]:
+    # run_recipe has asked for --resume already: within a recipe every stage goes on.
+    return train_sft(config, out, resume=True)
 
 
 def _strength(

@@ -1,6 +1,6 @@
 """A small world with a known truth: six animals, four aspects of each, and a gold reward for any text.
 
-A prompt asks for one to three aspects of one animal. `FACTS` holds three right words for each (animal, aspect).
+A prompt asks for one or two aspects of one animal. `FACTS` holds three right words for each (animal, aspect).
 The words of an aspect are shared between animals, so a wrong fact looks as plausible as a right one. The facts
 need not be those of our own world. `gold` is the truth that annotators see through noise, that reward models
 try to learn, and that policies can be caught betraying: flattery and length are cheap to add and lower it.

@@ -136,8 +136,7 @@ class Writer:
 
     The default skill is U-shaped: most writers either know an animal or guess. So the facts of one response
     vouch for each other, a language model gains by noticing right facts, and a small reward model can learn
-    from a few thousand pairs what right means. (With a one-humped skill of the same mean, a Llama of 0.9M
-    parameters reached an accuracy of 0.61 from 8,000 clean pairs; with this one 0.81 from 4,000.)
+    from a few thousand pairs what right means.
 
     Of each response, the share of right facts is drawn from Beta(`skill`), the share of asked aspects that are
     answered from Beta(`coverage`), the number of facts a sentence from 1 to 3, the number of filler sentences

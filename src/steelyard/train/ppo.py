@@ -56,6 +56,8 @@ class PPOConfig(Config):
     baselines: str | None = Field(None, description="scored baseline file of `steelyard sample` (contrastive only)")
     k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
     scaling: ScaleMode = Field("abs", description="how the contrastive reward returns to the original scale")
+    scale_warmup: int = Field(256, ge=1, description="rollouts to see before the contrastive reward is rescaled")
+    scale_floor: float = Field(0.01, gt=0, description="least divisor of the rescaling, in units of normalised reward")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
     steps: int = Field(100, ge=1, description="rollout-and-update steps")
     prompts_per_step: int = Field(32, ge=1, description="prompts sampled per step")
@@ -142,7 +144,8 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
         gold = load_scorer(config.gold) if config.gold else None
         prompts, ids = _prompts(config, models.encoder)
         baselines_NK = _baselines(config, prompts)
-        scale = RunningScale(config.scaling if config.reward == "contrastive" else "none")
+        mode: ScaleMode = config.scaling if config.reward == "contrastive" else "none"
+        scale = RunningScale(mode, floor=config.scale_floor, warmup=config.scale_warmup)
         actor, critic = (
             config.actor.build(models.policy.parameters()),
             config.critic.build(models.critic.parameters()),
@@ -346,7 +349,7 @@ def _check(config: PPOConfig) -> None:
         )
     if config.reward == "contrastive" and config.baselines is None:
         raise InputError("baselines: contrastive rewards need a scored baseline file; make one with `steelyard sample`")
-    useless = {"baselines", "k", "scaling"} & config.given()
+    useless = {"baselines", "k", "scaling", "scale_warmup", "scale_floor"} & config.given()
     if config.reward == "plain" and useless:
         raise InputError(f"{', '.join(sorted(useless))}: no effect with reward = plain; leave out, or use contrastive")
 
