@@ -64,7 +64,9 @@ class StrengthConfig(Config):
     backend: Literal["full", "head"] = Field("head", description="kind of member: full fine-tuning, or linear heads")
     scoring: Scoring = Field("out-of-fold", description="whether members judge pairs that they trained on")
     members: int = Field(10, ge=1, description="M, the number of reward models; the paper uses 10")
-    folds: int = Field(5, ge=2, description="out-of-fold: splits by prompt; must divide the number of members")
+    folds: int = Field(
+        2, ge=2, description="out-of-fold: parts by prompt, dividing the members: each pair gets members / folds votes"
+    )
     member: MemberConfig = Field(default_factory=MemberConfig, description="training of full members")
     layers: int = Field(3, ge=1, description="head: this many layers of the upper half give features")
     penalty: float | None = Field(
