@@ -23,13 +23,16 @@ from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.measure import StrengthConfig, measure, read_scores
-from steelyard.pipeline import Recipe, describe_run, examine_model, run_recipe, tables, truth_column
+from steelyard.pipeline import run_recipe
+from steelyard.recipe import Recipe
 from steelyard.report import build_report
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
 from steelyard.settings import checked, command_line, override, parse, read_yaml
 from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
+from steelyard.stages import examine_model, truth_column
+from steelyard.summary import describe_run, tables
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft

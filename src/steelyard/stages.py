@@ -1,0 +1,368 @@
+"""The stages of a recipe. Each reads files, leaves files, and does nothing where it has finished before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard.config import Config
+from steelyard.data.encode import Encoder
+from steelyard.data.export import write_preferences
+from steelyard.data.load import load_preferences, load_prompts
+from steelyard.denoise import RepairOptions, repair
+from steelyard.errors import InputError
+from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
+from steelyard.evaluate.reward import examine
+from steelyard.measure import Scoring, StrengthConfig, measure
+from steelyard.models.reward import RewardModel
+from steelyard.parallel import default_workers, run_jobs
+from steelyard.recipe import PolicyConfig, Recipe, Settings, build, default_arm
+from steelyard.run_dir import write_json_atomic, write_text_atomic
+from steelyard.scorer import load_scorer
+from steelyard.simulate.write import FILES, WorldConfig, write_world
+from steelyard.train.ppo import PPOConfig, train_ppo
+from steelyard.train.reward import RewardConfig, read_pairs, train_reward
+from steelyard.train.sft import SFTConfig, train_sft
+from steelyard.types import Preference, Strength
+
+GOLD = "steelyard.simulate.world:gold"
+
+
+class Files(Config):
+    """Where the stages find their input."""
+
+    preferences: str
+    validation: dict[str, str]
+    prompts: str
+    eval_prompts: str | None
+    sft: str | None
+    tokenizer: str | None
+    truth: dict[str, int] | None
+    noise: dict[str, str]
+    gold: str | None
+
+
+def prepare(recipe: Recipe, out: Path) -> Files:
+    """The files of the stages: the small world written out, or clean copies of the user's pairs."""
+    if recipe.world is not None:
+        folder = out / "data"
+        if not folder.exists():
+            write_world(build(WorldConfig, "world", {"seed": recipe.seed} | recipe.world), folder)
+        path = {name: str(folder / file) for name, file in FILES.items()}
+        truth, noise = _read_truth(Path(path["truth"]))
+        validation_truth, _ = _read_truth(Path(path["validation_truth"]))
+        return Files(
+            preferences=path["preferences"],
+            validation=_validation_sets(
+                load_preferences(path["validation"]).preferences, validation_truth, out / "validation"
+            ),
+            prompts=path["prompts"],
+            eval_prompts=path["eval_prompts"],
+            sft=path["sft"],
+            tokenizer=path["tokenizer"],
+            truth=truth,
+            noise=noise,
+            gold=GOLD,
+        )
+    data = recipe.data
+    if data is None:
+        raise InputError("a recipe needs `world` or `data`")
+    loaded = load_preferences(data.preferences, on_invalid=data.on_invalid)
+    print(loaded.report.text(), flush=True)
+    # The stages read a clean copy: what was malformed has been reported here, once.
+    pairs = loaded.preferences[: data.limit]
+    preferences = str(write_preferences(pairs, out / "data" / "preferences.jsonl", overwrite=True))
+    validation: dict[str, str] = {}
+    if data.validation is not None:
+        held_out = load_preferences(data.validation, on_invalid=data.on_invalid)
+        print(held_out.report.text(), flush=True)
+        labels = truth_column(held_out.preferences, data.truth_column, data.validation)
+        validation = _validation_sets(held_out.preferences, labels, out / "validation")
+    return Files(
+        preferences=preferences,
+        validation=validation,
+        prompts=data.prompts or preferences,
+        eval_prompts=data.eval_prompts or validation.get("original"),
+        sft=None,
+        tokenizer=None,
+        truth=truth_column(pairs, data.truth_column, data.preferences),
+        noise={},
+        gold=None,
+    )
+
+
+def _read_truth(path: Path) -> tuple[dict[str, int], dict[str, str]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {r["id"]: -1 if r["wrong"] else 1 for r in rows}, {r["id"]: r["noise"] for r in rows}
+
+
+def truth_column(preferences: Sequence[Preference], column: str | None, file: str) -> dict[str, int] | None:
+    """The truth by id from a column of the file; None without a column. Raises InputError for other values."""
+    if column is None:
+        return None
+    truth = {}
+    for p in preferences:
+        value = p.row.get(column)
+        if value not in (-1, 0, 1):
+            raise InputError(f"{p.source}: column {column!r} must be 1, 0 or -1 (right, tie, wrong), got {value!r}")
+        truth[p.id] = int(value)
+    return truth
+
+
+def _validation_sets(original: list[Preference], truth: dict[str, int] | None, out: Path) -> dict[str, str]:
+    """The paper's three sets: original labels, labels of the judge, pairs on which both agree (section 2.5)."""
+    sets: dict[str, list[Preference]] = {"original": original}
+    if truth is not None:
+        turned = [
+            p if truth[p.id] > 0 else replace(p, chosen=p.rejected, rejected=p.chosen) for p in original if truth[p.id]
+        ]
+        sets |= {"relabelled": turned, "agreement": [p for p in original if truth[p.id] > 0]}
+    out.mkdir(parents=True, exist_ok=True)
+    return {
+        name: str(write_preferences(pairs, out / f"{name}.jsonl", overwrite=True))
+        for name, pairs in sets.items()
+        if pairs
+    }
+
+
+def sft(recipe: Recipe, files: Files, out: Path) -> str:
+    """Supervised fine-tuning; returns the model folder that the other stages start from."""
+    if recipe.sft is None:
+        return recipe.model
+    settings: Settings = {"seed": recipe.seed} | recipe.sft
+    if files.sft is not None:
+        settings["data"] = files.sft
+    if recipe.model == "scratch":
+        settings["tokenizer"] = files.tokenizer
+    config = build(SFTConfig, "sft", settings, model=recipe.model)
+    run_jobs(_train_sft, [(config, out / "sft")], workers=1, threads=recipe.threads, labels=["SFT"])
+    return str(out / "sft" / "model")
+
+
+def _train_sft(config: SFTConfig, out: Path) -> dict[str, Any]:
+    # run_recipe has asked for --resume already: within a recipe every stage goes on.
+    return train_sft(config, out, resume=True)
+
+
+def weigh(recipe: Recipe, files: Files, model: str, out: Path, scoring: Scoring, resume: bool) -> list[Strength | None]:
+    """Strength of every training pair, in order."""
+    settings = {"seed": recipe.seed} | recipe.strength
+    if scoring == "in-sample":
+        settings.pop("folds", None)
+    config = build(
+        StrengthConfig,
+        "strength",
+        settings,
+        data=files.preferences,
+        model=model,
+        scoring=scoring,
+    )
+    preferences = load_preferences(files.preferences).preferences
+    folder = out / "strength" / scoring
+    return measure(config, preferences, folder, truth=files.truth, noise=files.noise, resume=resume)
+
+
+def repair_all(
+    recipe: Recipe, files: Files, strengths: list[Strength | None], out: Path
+) -> dict[str, tuple[str, RepairOptions]]:
+    """Write every arm's repaired data set, and what was changed; returns the files."""
+    preferences = load_preferences(files.preferences).preferences
+    wrong = None if files.truth is None else {i for i, t in files.truth.items() if t < 0}
+    arms = {}
+    for name, settings in recipe.repair.items():
+        options = build(RepairOptions, f"repair.{name}", settings)
+        repaired, changes = repair(preferences, strengths, options, wrong=wrong)
+        path = out / "repair" / f"{name.replace(' ', '-')}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_preferences(repaired, path, overwrite=True)
+        lines = [json.dumps({"id": c.id, "action": c.action, "evidence": c.evidence}) for c in changes]
+        write_text_atomic(path.with_suffix(".changes.jsonl"), "".join(line + "\n" for line in lines))
+        arms[name] = (str(path), options)
+    return arms
+
+
+def reward_models(
+    recipe: Recipe, files: Files, model: str, arms: Mapping[str, tuple[str, RepairOptions]], out: Path
+) -> None:
+    """One reward model for each repaired data set."""
+    jobs = []
+    for name, (data, options) in arms.items():
+        config = build(
+            RewardConfig,
+            "reward",
+            {"seed": recipe.seed} | recipe.reward,
+            data=data,
+            model=model,
+            validation=files.validation,
+            margin_in_flip=options.margin_in_flip,
+        )
+        jobs.append((config, out / "rm" / name))
+    run_jobs(
+        _train_reward,
+        jobs,
+        workers=min(len(jobs), recipe.workers or default_workers()),
+        threads=recipe.threads,
+        labels=[f"reward model, {name}" for name in arms],
+        on_done=lambda i, _: print(f"  {list(arms)[i]} trained", flush=True),
+    )
+
+
+def _train_reward(config: RewardConfig, out: Path) -> dict[str, Any]:
+    return train_reward(config, out, resume=True, quiet=True)
+
+
+def examine_all(recipe: Recipe, files: Files, arms: Sequence[str], out: Path) -> None:
+    """Every reward model on every validation set."""
+    target = out / "examine" / "reward.json"
+    if target.exists() or not files.validation:
+        return
+    jobs = [(str(out / "rm" / name / "model"), files.validation, build_reward(recipe)) for name in arms]
+    results = run_jobs(examine_model, jobs, workers=min(len(jobs), recipe.workers or default_workers()))
+    rows: list[Any] = []
+    bins: list[Any] = []
+    for name, sets in zip(arms, results, strict=True):
+        for set_name, found in sets.items():
+            rows.append({"arm": name, "set": set_name, **found["row"]})
+            bins.append({"arm": name, "set": set_name, "bins": found["bins"]})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(target, {"rows": rows, "reliability": bins, "by_strength": []})
+
+
+def build_reward(recipe: Recipe) -> Settings:
+    """The tokenisation settings that scoring must share with training."""
+    fields = RewardConfig.model_fields
+    names = ("max_length", "on_overlong", "max_tokens", "precision")
+    return {name: recipe.reward.get(name, fields[name].default) for name in names}
+
+
+def examine_model(folder: str, validation: dict[str, str], settings: Settings) -> dict[str, Any]:
+    """One reward model on each validation set; `settings` are those of `build_reward`, or some of them."""
+    on_overlong = settings.get("on_overlong", "truncate-prompt")
+    encoder = Encoder.load(folder, max_length=settings["max_length"], on_overlong=on_overlong)
+    model = RewardModel.load(folder, precision=settings.get("precision", "float32"))
+    found = {}
+    for name, path in validation.items():
+        pairs, trees = read_pairs(path, encoder)
+        rewards = model.score(trees, pad_id=encoder.pad_id, max_tokens=settings.get("max_tokens", 4096))
+        prompts = [str(p.prompt) for p in pairs]
+        found[name] = examine(rewards[:, 0], rewards[:, 1], prompts=prompts)
+    return found
+
+
+def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> dict[str, str]:
+    """Scored baselines for every reward model that a contrastive arm uses; the responses are sampled once."""
+    arms = {
+        settings.get("rm", default_arm(recipe))
+        for settings in policy.arms.values()
+        if settings.get("reward", "contrastive") == "contrastive"
+    }
+    scored = {}
+    for arm in sorted(arms):
+        config = build(
+            BaselineConfig,
+            "policy.baselines",
+            {"seed": recipe.seed} | policy.baselines,
+            policy=model,
+            prompts=files.prompts,
+            reward_model=str(out / "rm" / arm / "model"),
+        )
+        scored[arm] = str(sample_baselines(config, out / "baselines"))
+    return scored
+
+
+def optimise(
+    recipe: Recipe, policy: PolicyConfig, files: Files, model: str, scored: Mapping[str, str], out: Path
+) -> None:
+    jobs = []
+    for name, settings in policy.arms.items():
+        own = dict(settings)
+        arm = own.pop("rm", default_arm(recipe))
+        merged = {"seed": recipe.seed} | policy.ppo | own
+        if merged.get("reward", "contrastive") == "contrastive":
+            merged["baselines"] = scored[arm]
+        config = build(
+            PPOConfig,
+            f"policy.arms.{name}",
+            merged,
+            policy=model,
+            reward_model=str(out / "rm" / arm / "model"),
+            prompts=files.prompts,
+            gold=files.gold,
+        )
+        jobs.append((config, out / "ppo" / name))
+    run_jobs(
+        _train_ppo,
+        jobs,
+        workers=min(len(jobs), recipe.workers or default_workers()),
+        threads=recipe.threads,
+        labels=list(policy.arms),
+        on_done=lambda i, _: print(f"  {list(policy.arms)[i]} trained", flush=True),
+    )
+
+
+def _train_ppo(config: PPOConfig, out: Path) -> dict[str, Any]:
+    return train_ppo(config, out, resume=True, quiet=True)
+
+
+def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> None:
+    """Every policy on held-out prompts."""
+    target = out / "evaluate" / "policy.json"
+    if target.exists():
+        return
+    config = build(PolicyEvaluationConfig, "policy.evaluate", policy.evaluate)
+    ppo = build(PPOConfig, "policy.ppo", policy.ppo, policy=model, reward_model="", prompts="")
+    encoder_length = ppo.max_length
+    prompts = [p.prompt for p in load_prompts(files.eval_prompts or files.prompts).items]
+    encoder = Encoder.load(model, max_length=encoder_length)
+    room = encoder_length - config.sampling.max_new_tokens
+    prompts = [p for p in prompts if len(encoder.prompt_ids(p)) <= room][: policy.limit_eval]
+    first = out / "rm" / default_arm(recipe) / "model"
+    jobs: list[tuple[Any, ...]] = [(model, model, str(first), prompts, encoder_length, files.gold, config)]
+    for name, settings in policy.arms.items():
+        rm = out / "rm" / settings.get("rm", default_arm(recipe)) / "model"
+        jobs.append((str(out / "ppo" / name / "model"), model, str(rm), prompts, encoder_length, files.gold, config))
+    workers = min(len(jobs), recipe.workers or default_workers())
+    results = run_jobs(_answer, jobs, workers=workers, threads=recipe.threads)
+    answers = dict(zip(["SFT", *policy.arms], results, strict=True))
+    found = compare(answers, prompts, config, first="SFT") | {"frontier": _frontier(policy, out)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(target, found)
+
+
+def _answer(
+    policy: str,
+    reference: str,
+    reward: str,
+    prompts: Any,
+    length: int,
+    gold: str | None,
+    config: PolicyEvaluationConfig,
+) -> Any:
+    encoder = Encoder.load(policy, max_length=length)
+    return answer(policy, reference, reward, prompts, encoder, load_scorer(gold) if gold else None, config)
+
+
+def _frontier(policy: PolicyConfig, out: Path) -> list[dict[str, Any]]:
+    """Gold and (normalised) proxy reward by KL, along each PPO run."""
+    points = []
+    for name in policy.arms:
+        folder = out / "ppo" / name
+        reward = json.loads((folder / "config.json").read_text())["reward_model"]
+        config = json.loads((Path(reward) / "config.json").read_text())
+        mean, std = config.get("steelyard_reward", (0.0, 1.0))
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            m = json.loads(line)
+            points.append(
+                {
+                    "arm": name,
+                    "step": m["step"],
+                    "kl": m["ppo/kl"],
+                    "gold": m.get("ppo/gold"),
+                    "proxy": (m["ppo/reward_raw"] - mean) / std,
+                }
+            )
+    return points

@@ -1,0 +1,112 @@
+"""What a run says of itself: versions and origin, and the tables of its summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steelyard import __version__
+from steelyard.parallel import default_workers
+
+
+def describe_run(name: str, seed: int, began: float, command: str) -> dict[str, Any]:
+    """Versions and origin, for the report."""
+    import torch
+    import transformers
+
+    commit = ""
+    git = shutil.which("git")
+    if git is not None:
+        here = Path(__file__).resolve().parent
+        asked = subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = asked.stdout.strip() if asked.returncode == 0 else ""
+    return {
+        "name": name,
+        "version": __version__,
+        "commit": commit,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "platform": f"{sys.platform} {platform.machine()}, {default_workers()} CPUs",
+        },
+        "seed": seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "command": command,
+    }
+
+
+def tables(out: Path) -> list[dict[str, Any]]:
+    """The summary's tables, from the files that the stages left."""
+    found = []
+    for scoring in ("in-sample", "out-of-fold"):
+        path = out / "strength" / scoring / "result.json"
+        if path.exists() and (rows := json.loads(path.read_text()).get("detection")):
+            found.append(
+                {
+                    "title": f"Finding wrong labels, {scoring}",
+                    "columns": ["noise", "scorer", "AUROC", "average precision", "wrong", "pairs"],
+                    "rows": [
+                        [r["noise"], r["scorer"], r["auroc"], r["average_precision"], r["positives"], r["n"]]
+                        for r in rows
+                    ],
+                    "note": "A kind of noise is told from the right labels; a single member is the mean over members.",
+                }
+            )
+    if (path := out / "examine" / "reward.json").exists():
+        rows = json.loads(path.read_text())["rows"]
+        sets = list(dict.fromkeys(r["set"] for r in rows))
+        by_arm: dict[str, dict[str, Any]] = {r["arm"]: {} for r in rows}
+        for r in rows:
+            by_arm[r["arm"]][r["set"]] = r
+        found.append(
+            {
+                "title": "Reward models: accuracy on held-out pairs",
+                "columns": ["arm", *(f"{s} (n = {next(r['n'] for r in rows if r['set'] == s)})" for s in sets)],
+                "rows": [
+                    [arm, *(f"{c[s]['accuracy']:.3f} [{c[s]['low']:.3f}, {c[s]['high']:.3f}]" for s in sets)]
+                    for arm, c in by_arm.items()
+                ],
+                "note": "95 % bootstrap intervals by prompt. One seed each: differences inside them are no finding.",
+            }
+        )
+    if (path := out / "evaluate" / "policy.json").exists():
+        result = json.loads(path.read_text())
+        found.append(
+            {
+                "title": "Policies on held-out prompts",
+                "columns": ["policy", "gold", "proxy", "KL to SFT", "length", "ended"],
+                "rows": [
+                    [a["arm"], _interval(a, "gold"), _interval(a, "proxy"), a["kl"], a["length"], a["ended"]]
+                    for a in result["arms"]
+                ],
+                "note": "Proxy: the policy's own reward model, normalised. One seed each.",
+            }
+        )
+        if result["wins"]:
+            found.append(
+                {
+                    "title": "Win / tie / lose by gold",
+                    "columns": ["policy", "against", "win", "tie", "lose", "score"],
+                    "rows": [
+                        [w["a"], w["b"], w["win"], w["tie"], w["lose"], _interval(w, "score", "")]
+                        for w in result["wins"]
+                    ],
+                    "note": "Score: wins and half the ties, with a 95 % bootstrap interval by prompt.",
+                }
+            )
+    return found
+
+
+def _interval(row: Mapping[str, Any], name: str, prefix: str | None = None) -> str:
+    start = f"{name}_" if prefix is None else prefix
+    if row[name] is None:
+        return "unknown"
+    return f"{row[name]:.3f} [{row[f'{start}low']:.3f}, {row[f'{start}high']:.3f}]"
