@@ -75,6 +75,7 @@ def prepare(recipe: Recipe, out: Path) -> Files:
     print(loaded.report.text(), flush=True)
     # The stages read a clean copy: what was malformed has been reported here, once.
     pairs = loaded.preferences[: data.limit]
+    (out / "data").mkdir(exist_ok=True)
     preferences = str(write_preferences(pairs, out / "data" / "preferences.jsonl", overwrite=True))
     validation: dict[str, str] = {}
     if data.validation is not None:
