@@ -25,6 +25,7 @@ class DataConfig(Config):
     prompts: str | None = Field(None, description="prompts for PPO; none given: those of the preferences")
     eval_prompts: str | None = Field(None, description="prompts on which policies are examined")
     limit: int | None = Field(None, ge=1, description="use only the first usable pairs")
+    validation_limit: int | None = Field(None, ge=1, description="examine on the first usable pairs only")
     truth_column: str | None = Field(None, description="column with 1 label right, -1 wrong, 0 tie: evaluation only")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
 

@@ -81,8 +81,9 @@ def prepare(recipe: Recipe, out: Path) -> Files:
     if data.validation is not None:
         held_out = load_preferences(data.validation, on_invalid=data.on_invalid)
         print(held_out.report.text(), flush=True)
-        labels = truth_column(held_out.preferences, data.truth_column, data.validation)
-        validation = _validation_sets(held_out.preferences, labels, out / "validation")
+        examined = held_out.preferences[: data.validation_limit]
+        labels = truth_column(examined, data.truth_column, data.validation)
+        validation = _validation_sets(examined, labels, out / "validation")
     return Files(
         preferences=preferences,
         validation=validation,
@@ -230,7 +231,7 @@ def examine_all(recipe: Recipe, files: Files, arms: Sequence[str], out: Path) ->
             rows.append({"arm": name, "set": set_name, **found["row"]})
             bins.append({"arm": name, "set": set_name, "bins": found["bins"]})
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(target, {"rows": rows, "reliability": bins, "by_strength": []})
+    write_json_atomic(target, {"rows": rows, "reliability": bins})
 
 
 def build_reward(recipe: Recipe) -> Settings:
@@ -245,11 +246,15 @@ def examine_model(folder: str, validation: dict[str, str], settings: Settings) -
     on_overlong = settings.get("on_overlong", "truncate-prompt")
     encoder = Encoder.load(folder, max_length=settings["max_length"], on_overlong=on_overlong)
     model = RewardModel.load(folder, precision=settings.get("precision", "float32"))
+    read = {name: read_pairs(path, encoder) for name, path in validation.items()}
+    scored = model.score_sets(
+        {name: trees for name, (_, trees) in read.items()},
+        pad_id=encoder.pad_id,
+        max_tokens=settings.get("max_tokens", 4096),
+    )
     found = {}
-    for name, path in validation.items():
-        pairs, trees = read_pairs(path, encoder)
-        rewards = model.score(trees, pad_id=encoder.pad_id, max_tokens=settings.get("max_tokens", 4096))
-        prompts = [str(p.prompt) for p in pairs]
+    for name, rewards in scored.items():
+        prompts = [str(p.prompt) for p in read[name][0]]
         found[name] = examine(rewards[:, 0], rewards[:, 1], prompts=prompts)
     return found
 
@@ -321,7 +326,8 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     encoder = Encoder.load(model, max_length=encoder_length)
     room = encoder_length - config.sampling.max_new_tokens
     prompts = [p for p in prompts if len(encoder.prompt_ids(p)) <= room][: policy.limit_eval]
-    first = out / "rm" / default_arm(recipe) / "model"
+    # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
+    first = out / "rm" / next(iter(policy.arms.values())).get("rm", default_arm(recipe)) / "model"
     jobs: list[tuple[Any, ...]] = [(model, model, str(first), prompts, encoder_length, files.gold, config)]
     for name, settings in policy.arms.items():
         rm = out / "rm" / settings.get("rm", default_arm(recipe)) / "model"

@@ -6,7 +6,7 @@ Secrets of RLHF II, section 2.1. On disk it is an ordinary `AutoModelForSequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,22 @@ class RewardModel(nn.Module):
             rewards[group] = self(batch).cpu().numpy()
         self.train(training)
         return rewards
+
+    def score_sets(
+        self, sets: Mapping[str, Sequence[Tree]], *, pad_id: int, max_tokens: int = 8192
+    ) -> dict[str, Float[np.ndarray, "N K"]]:
+        """`score` for several sets that share pairs (in either order): every pair is computed once."""
+        distinct = {(t.prompt, frozenset(t.responses)): t for trees in sets.values() for t in trees}
+        rewards = self.score(list(distinct.values()), pad_id=pad_id, max_tokens=max_tokens)
+        known = {
+            (t.prompt, response): reward
+            for t, row in zip(distinct.values(), rewards, strict=True)
+            for response, reward in zip(t.responses, row, strict=True)
+        }
+        return {
+            name: np.array([[known[t.prompt, r] for r in t.responses] for t in trees], dtype=np.float32)
+            for name, trees in sets.items()
+        }
 
     @property
     def normal(self) -> tuple[float, float]:

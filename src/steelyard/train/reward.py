@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -57,7 +56,9 @@ class RewardConfig(Config):
     max_tokens: int = Field(4096, ge=16, description="padded tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights, head and loss stay float32")
     seed: int = Field(0, ge=0, description="new head and order of the data")
-    eval_every: int = Field(50, ge=1, description="steps between examinations on the validation sets")
+    eval_every: int | None = Field(
+        50, ge=1, description="steps between examinations on the validation sets; none given: never"
+    )
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
 
@@ -111,7 +112,7 @@ def train_reward(
                     run.time(step, {"tokens_per_second": size / (time.perf_counter() - began)})
                     window = []
                 progress.update(step, tokens=size, loss=_mean_loss(seen))
-                if held_out and (step % config.eval_every == 0 or step == steps):
+                if held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
                     run.log(step, _examine(model, held_out, encoder, config.max_tokens))
                 if step % config.save_every == 0 and step < steps:
                     optimizer_tensors, optimizer_state = pack_optimizer(optimizer, "optimizer")
@@ -216,8 +217,7 @@ def _examine(
     model: RewardModel, held_out: dict[str, list[Tree]], encoder: Encoder, max_tokens: int
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for name, trees in held_out.items():
-        rewards: np.ndarray = model.score(trees, pad_id=encoder.pad_id, max_tokens=max_tokens)
+    for name, rewards in model.score_sets(held_out, pad_id=encoder.pad_id, max_tokens=max_tokens).items():
         for key, value in reward_metrics(rewards[:, 0], rewards[:, 1]).items():
             metrics[f"validation/{name}/{key}"] = value
     return metrics
