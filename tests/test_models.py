@@ -115,6 +115,28 @@ class TestSharedPrefixEqualsSeparateSequences:
                 np.testing.assert_allclose(found[order], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sets_that_share_pairs_are_scored_once_and_as_they_would_be_alone(
+    reward_model: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = RewardModel.load(reward_model("llama"))
+    swapped = [Tree(t.prompt, t.responses[::-1]) for t in TREES]
+    sets = {"original": TREES, "swapped": swapped, "part": TREES[:1]}
+    expected = {name: model.score(trees, pad_id=tiny.UNK) for name, trees in sets.items()}
+    computed: list[int] = []
+    score = RewardModel.score
+
+    def counted(self: RewardModel, trees: Any, **settings: Any) -> Any:
+        computed.append(len(trees))
+        return score(self, trees, **settings)
+
+    monkeypatch.setattr(RewardModel, "score", counted)
+    found = model.score_sets(sets, pad_id=tiny.UNK)
+    assert computed == [len(TREES)]
+    for name, rewards in expected.items():
+        np.testing.assert_allclose(found[name], rewards, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["swapped"], found["original"][:, ::-1])
+
+
 @pytest.mark.parametrize("special", [{}, {"pad_token": "<eos>"}, {"pad_token": None}], ids=["pad", "pad=eos", "none"])
 def test_a_saved_checkpoint_scores_the_ordinary_way(
     special: dict[str, Any], language_model: Folders, tmp_path: Path

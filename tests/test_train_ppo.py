@@ -18,7 +18,6 @@ from conftest import Folders
 from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.errors import InputError
 from steelyard.models.policy import PolicyModel
-from steelyard.rewards import RunningScale
 from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.train import ppo
 from steelyard.train.optim import OptimConfig
@@ -166,10 +165,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_is_that_of_a_plain_float64_reference(
-    shape: str, base: dict[str, Any], stored: str, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: str, base: dict[str, Any], stored: str, record: Record, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(RunningScale.__init__, "__kwdefaults__", {"floor": 1e-6, "warmup": 1})
-    settings = SHAPES[shape] if shape == "plain" else SHAPES[shape] | {"baselines": stored}
+    scaled = {"baselines": stored, "scale_floor": 1e-6, "scale_warmup": 1}
+    settings = SHAPES[shape] if shape == "plain" else SHAPES[shape] | scaled
     for max_tokens in (32, 8192):
         config = PPOConfig.model_validate(base | settings | {"max_tokens": max_tokens})
         train_ppo(config, tmp_path / str(max_tokens), quiet=True)

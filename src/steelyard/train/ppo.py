@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -33,12 +32,13 @@ from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.losses.policy import clipped_surrogate, kl_k1, masked_mean, value_loss
+from steelyard.losses.policy import clipped_surrogate, kl_k1, value_loss
 from steelyard.models.load import Precision
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
 from steelyard.progress import Progress
 from steelyard.rewards import RunningScale, ScaleMode, clip, contrastive, missing_eos, token_rewards
+from steelyard.rollout import Rollouts, rollout_metrics
 from steelyard.run_dir import RunDir
 from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.scorer import Scorer, load_scorer
@@ -87,21 +87,6 @@ class PPOConfig(Config):
     seed: int = Field(0, ge=0, description="order of the prompts and sampling")
     save_every: int = Field(20, ge=1, description="steps between checkpoints")
     sample_every: int = Field(10, ge=1, description="steps between written samples")
-
-
-@dataclass(frozen=True, slots=True)
-class Rollouts:
-    """What one step sampled and scored; N prompts, K responses, T tokens, zero at padding."""
-
-    trees: list[Tree]
-    mask_NKT: Bool[Tensor, "N K T"]
-    logprobs_NKT: Float[Tensor, "N K T"]
-    values_NKT: Float[Tensor, "N K T"]
-    kl_NKT: Float[Tensor, "N K T"]
-    rewards_NK: Float[Tensor, "N K"]
-    ended_NK: Bool[Tensor, "N K"]
-    nll_sft: float
-    entropy: float
 
 
 class Models:
@@ -171,7 +156,7 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
                 rewards = token_rewards(paid_NK.flatten(), rollouts.kl_NKT.flatten(0, 1), flat, kl_coef=config.kl_coef)
                 values = rollouts.values_NKT.flatten(0, 1)
                 advantages, returns = gae(rewards, values, flat, gamma=config.gamma, lam=config.lam)
-                metrics = _measure(rollouts, paid_NK, rewards, advantages, returns, scale)
+                metrics = rollout_metrics(rollouts, paid_NK, rewards, advantages, returns, scale)
                 metrics["ppo/kl_coef"] = config.kl_coef
                 shape = rollouts.mask_NKT.shape
                 whitened, returns = whiten(advantages, flat).view(shape), returns.view(shape)
@@ -299,36 +284,6 @@ def _draw(models: Models, config: PPOConfig, ids: list[tuple[int, ...]], keys: l
         pad_id=models.encoder.pad_id,
         seed=config.seed,
     )
-
-
-def _measure(
-    rollouts: Rollouts,
-    paid_NK: Tensor,
-    rewards: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    scale: RunningScale,
-) -> dict[str, float]:
-    """Everything METHOD names for PPO, over the step's rollouts (token means weigh tokens alike)."""
-    mask = rollouts.mask_NKT.flatten(0, 1)
-    residual = (returns - rollouts.values_NKT.flatten(0, 1))[mask]
-    spread = returns[mask].var(correction=0)
-    return {
-        "ppo/reward_raw": rollouts.rewards_NK.mean().item(),
-        "ppo/reward_std": rollouts.rewards_NK.std(correction=0).item(),
-        "ppo/reward_shaped": paid_NK.mean().item(),
-        "ppo/return": rewards.sum(-1).mean().item(),
-        "ppo/kl": rollouts.kl_NKT.sum(-1).mean().item(),
-        "ppo/ppl_sft": math.exp(min(rollouts.nll_sft, 80.0)),
-        "ppo/length": mask.sum(-1).float().mean().item(),
-        "ppo/ended": rollouts.ended_NK.float().mean().item(),
-        "ppo/entropy": rollouts.entropy,
-        "ppo/advantage_std": advantages[mask].std(correction=0).item(),
-        "ppo/value_mean": masked_mean(rollouts.values_NKT.flatten(0, 1), mask).item(),
-        # 1 is a perfect critic; with no spread in the returns there is nothing to explain.
-        "ppo/explained_variance": (1 - residual.var(correction=0) / spread).item() if spread > 0 else 0.0,
-        "ppo/scale": scale.factor,
-    }
 
 
 def _guard(metrics: dict[str, float], step: int) -> None:
