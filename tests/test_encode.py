@@ -119,6 +119,11 @@ class TestTooLong:
         tree = encoder.tree((Message("system", "w1 w2 w3 w4"), Message("user", "w5")), ["good w6"])
         assert encoder.tokenizer.decode(list(tree.prompt)) == "Human: w5 Assistant:"
 
+    def test_cut_prompts_are_counted(self) -> None:
+        encoded = self.encoder(8).encode([pair("w1 w2 w3 w4 w5 w6 w7"), pair()])
+        assert (len(encoded.trees), encoded.truncated) == (2, 1)
+        assert encoded.text() == "1 pairs lost the start of a prompt longer than max_length"
+
     def test_a_single_long_turn_keeps_its_end(self) -> None:
         tree = self.encoder(8).tree("w1 w2 w3 w4 w5 w6 w7", ["good w8", "bad"])
         assert tree.prompt == ids("w3 w4 w5 w6 w7")

@@ -12,6 +12,7 @@ plain text as it is, and `end` is the tokenizer's EOS.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +43,20 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Preferences as trees, `index[i]` saying which preference `trees[i]` came from; and what was left out."""
+    """Preferences as trees, `index[i]` saying which preference `trees[i]` came from; and what was left out or cut."""
 
     trees: list[Tree]
     index: list[int]
     left_out: dict[int, str]
+    truncated: int = 0
 
     def text(self) -> str:
-        """One line on what was left out, empty if nothing was."""
-        kinds: dict[str, int] = {}
-        for reason in self.left_out.values():
-            kinds[reason] = kinds.get(reason, 0) + 1
-        return "; ".join(f"{count} pairs left out: {reason}" for reason, count in sorted(kinds.items()))
+        """One line on what was left out or cut, empty if nothing was."""
+        kinds = Counter(self.left_out.values())
+        said = [f"{count} pairs left out: {reason}" for reason, count in sorted(kinds.items())]
+        if self.truncated:
+            said.append(f"{self.truncated} pairs lost the start of a prompt longer than max_length")
+        return "; ".join(said)
 
 
 class Encoder:
@@ -106,10 +109,14 @@ class Encoder:
 
     def fit(self, prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> Tree:
         """A tree within `max_length`: the oldest turns go first, then the prompt's oldest tokens."""
+        return self._fit(prompt, responses)[0]
+
+    def _fit(self, prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> tuple[Tree, bool]:
+        """The tree, and whether its prompt was cut."""
         ids = self.prompt_ids(prompt)
         room = self.max_length - max(map(len, responses))
         if len(ids) <= room:
-            return Tree(ids, responses)
+            return Tree(ids, responses), False
         if self.on_overlong != "truncate-prompt" or room < 1:
             raise OverlongError(
                 f"prompt and response have {len(ids) + self.max_length - room} tokens, more than "
@@ -121,14 +128,14 @@ class Encoder:
             while len(prompt) > 1 and prompt[0].role == "assistant":
                 prompt = prompt[1:]
             ids = self.prompt_ids(prompt)
-        return Tree(ids[-room:], responses)
+        return Tree(ids[-room:], responses), True
 
     def encode(self, preferences: Sequence[Preference]) -> Encoded:
         """Pairs as trees (chosen first). Raises InputError on an over-long pair if `on_overlong` is "error"."""
-        trees, index, left_out = [], [], {}
+        trees, index, left_out, truncated = [], [], {}, 0
         for i, p in enumerate(preferences):
             try:
-                tree = self.tree(p.prompt, (p.chosen, p.rejected))
+                tree, cut = self._fit(p.prompt, (self.response_ids(p.chosen), self.response_ids(p.rejected)))
             except OverlongError as error:
                 if self.on_overlong == "error":
                     raise InputError(
@@ -141,7 +148,8 @@ class Encoder:
                 continue
             trees.append(tree)
             index.append(i)
-        return Encoded(trees, index, left_out)
+            truncated += cut
+        return Encoded(trees, index, left_out, truncated)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""

@@ -127,7 +127,7 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
             return run.result()
         models = Models(config)
         gold = load_scorer(config.gold) if config.gold else None
-        prompts, ids = _prompts(config, models.encoder)
+        prompts, ids = _prompts(config, models.encoder, quiet)
         baselines_NK = _baselines(config, prompts)
         mode: ScaleMode = config.scaling if config.reward == "contrastive" else "none"
         scale = RunningScale(mode, floor=config.scale_floor, warmup=config.scale_warmup)
@@ -309,7 +309,7 @@ def _check(config: PPOConfig) -> None:
         raise InputError(f"{', '.join(sorted(useless))}: no effect with reward = plain; leave out, or use contrastive")
 
 
-def _prompts(config: PPOConfig, encoder: Encoder) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     room = config.max_length - config.sampling.max_new_tokens
     prompts = [p.prompt for p in load_prompts(config.prompts).items[: config.limit]]
     ids = [encoder.prompt_ids(p) for p in prompts]
@@ -320,6 +320,8 @@ def _prompts(config: PPOConfig, encoder: Encoder) -> tuple[list[Prompt], list[tu
             f"{config.sampling.max_new_tokens} new tokens within max_length = {config.max_length}; prompts_per_step "
             f"= {config.prompts_per_step} needs more"
         )
+    if not quiet:
+        print(f"{len(fits)} of {len(prompts)} prompts used; the others leave no room within max_length")
     return [prompts[i] for i in fits], [ids[i] for i in fits]
 
 

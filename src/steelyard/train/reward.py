@@ -6,7 +6,7 @@ The loss reads each pair's `flip_prob`, `margin` and `weight`; which repair wrot
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,11 @@ def train_reward(
             config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
         )
         freeze_below(model, config.trainable_layers)
-        pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid)
+        say = None if quiet else print
+        pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid, say=say)
         held_out = {
-            name: read_pairs(path, encoder, on_invalid=config.on_invalid)[1] for name, path in config.validation.items()
+            name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say)[1]
+            for name, path in config.validation.items()
         }
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
@@ -137,15 +139,23 @@ def train_reward(
 
 
 def read_pairs(
-    path: str, encoder: Encoder, rows: Sequence[int] | None = None, *, on_invalid: OnInvalid = "error"
+    path: str,
+    encoder: Encoder,
+    rows: Sequence[int] | None = None,
+    *,
+    on_invalid: OnInvalid = "error",
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[Preference], list[Tree]]:
-    """Usable pairs and their trees. Raises InputError if none is left."""
-    pairs = load_preferences(path, on_invalid=on_invalid).preferences
+    """Usable pairs and their trees; `say` is told what was found in the file. Raises InputError if none is left."""
+    loaded = load_preferences(path, on_invalid=on_invalid)
+    pairs = loaded.preferences
     if rows is not None:
         pairs = [pairs[i] for i in rows]
     encoded = encoder.encode(pairs)
     if not encoded.trees:
         raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
+    if say is not None:
+        say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
     return [pairs[i] for i in encoded.index], encoded.trees
 
 

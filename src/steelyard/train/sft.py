@@ -64,7 +64,7 @@ def train_sft(config: SFTConfig, out: Path, *, resume: bool = False, quiet: bool
         if run.finished:
             return run.result()
         model, encoder = _start(config)
-        trees = _trees(config.data, encoder)
+        trees = _trees(config.data, encoder, quiet)
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
         first, loss_sum, token_sum = 0, 0.0, 0
@@ -97,7 +97,7 @@ def train_sft(config: SFTConfig, out: Path, *, resume: bool = False, quiet: bool
 
         result: dict[str, Any] = {"steps": steps, "examples": len(trees)}
         if config.validation:
-            held_out = _trees(config.validation, encoder)
+            held_out = _trees(config.validation, encoder, quiet)
             result["validation_loss"] = sft_loss(model, held_out, encoder.pad_id, config.max_tokens)
             run.log(steps, {"validation/loss": result["validation_loss"]})
         model.save(out / "model", encoder)
@@ -154,14 +154,19 @@ def _start(config: SFTConfig) -> tuple[PolicyModel, Encoder]:
     return model, encoder
 
 
-def _trees(path: str, encoder: Encoder) -> list[Tree]:
+def _trees(path: str, encoder: Encoder, quiet: bool) -> list[Tree]:
+    loaded = load_demonstrations(path)
     trees = []
-    for d in load_demonstrations(path).items:
+    for d in loaded.items:
         try:
             trees.append(encoder.tree(d.prompt, [d.response]))
         except OverlongError as error:
             if encoder.on_overlong == "error":
-                raise InputError(f"{path}: {error}; raise max_length or change on_overlong") from None
+                raise InputError(f"{d.source}: {error}; raise max_length or change on_overlong") from None
     if not trees:
         raise InputError(f"{path}: no demonstration fits into max_length = {encoder.max_length} tokens")
+    if not quiet:
+        print(loaded.report.text())
+        if len(trees) < len(loaded.items):
+            print(f"{len(loaded.items) - len(trees)} demonstrations left out: longer than max_length")
     return trees
