@@ -1,14 +1,33 @@
-"""What every configuration has in common: frozen, and no unknown field."""
+"""What every configuration has in common: frozen, no unknown field, errors in plain words."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
     """Base of all configurations: immutable, unknown fields refused by name, defaults validated too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, values: Any) -> Any:
+        """A section given in part keeps the rest of the default that this configuration has for it.
+
+        Without this, `actor: {lr: 1e-4}` would also bring back the decay that PPO's default for it turns off.
+        """
+        if not isinstance(values, Mapping):
+            return values
+        completed = dict(values)
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True) if isinstance(values.get(name), Mapping) else None
+            if isinstance(default, Config):
+                completed[name] = default.model_dump(exclude_unset=True) | dict(values[name])
+        return completed
 
     def given(self) -> set[str]:
         """The fields that somebody chose, to refuse those that would have no effect.
@@ -20,3 +39,44 @@ class Config(BaseModel):
         if self.model_fields_set != set(fields):
             return set(self.model_fields_set)
         return {n for n, field in fields.items() if getattr(self, n) != field.get_default(call_default_factory=True)}
+
+
+_MUST = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "too_short": "must have at least {min_length}",
+    "dict_type": "must be a section of `name: value` lines",
+    "model_type": "must be a section of `name: value` lines",
+}
+
+
+def explain(error: ValidationError, label: Callable[[str], str] = str) -> str:
+    """One line per wrong field: what it must be, what was received. `label` says where the dotted field stands."""
+    lines = []
+    for e in error.errors():
+        field = ".".join(map(str, e["loc"]))
+        if e["type"] == "value_error":
+            message = e["msg"].removeprefix("Value error, ")
+        elif e["type"] == "extra_forbidden":
+            message = "no such setting; remove it or check its spelling"
+        elif e["type"] == "missing":
+            message = "is needed; give it"
+        else:
+            must = _MUST.get(e["type"], e["msg"].replace("Input should be", "must be"))
+            message = f"{must.format(**e.get('ctx', {}))}, got {e['input']!r}"
+        place = label(field).rstrip(".: ")
+        lines.append(f"{place}: {message}" if place else message)
+    return "\n".join(lines)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import make_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,20 +14,24 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from steelyard.config import Config
+from steelyard.config import Config, explain
 from steelyard.errors import InputError
 
 C = TypeVar("C", bound=Config)
-_PLACEHOLDER = "\0"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError with file and line."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such settings file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: must be a readable file of settings: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte offset {error.start}; convert the file to UTF-8") from None
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
@@ -37,52 +43,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse(config: type[C], args: Sequence[str], *, verb: str, about: str, **extra: Any) -> tuple[C, Any]:
     """(configuration, other options) from `[settings.yaml] --option value ...`.
 
-    `extra` are options beside the configuration: name -> (type, default or tyro.MISSING, help). Unknown options
-    end the program with their names (status 2, as tyro does). Raises InputError for values out of bounds.
+    `extra` are options beside the configuration: name -> (type, default or tyro.MISSING, help). Only fields that the
+    file or an option names count as set, even at their default. Unknown or unreadable options end the program with
+    their names (status 2, as tyro does). Raises InputError for everything else.
     """
     args = list(args)
-    given: dict[str, Any] = {}
-    if args and args[0].endswith((".yaml", ".yml")):
-        given = read_yaml(args.pop(0))
-    start = _start(config, given)
-    fields: list[Any] = [("settings", Annotated[config, tyro.conf.arg(name="")])]
-    for name, (kind, _, text) in extra.items():
-        fields.append((name, Annotated[kind, tyro.conf.arg(help=text)]))
-    holder = make_dataclass("Options", fields)
-    default = holder(settings=start, **{name: value for name, (_, value, _) in extra.items()})
-    try:
-        parsed: Any = tyro.cli(
-            holder, args=args, default=default, prog=f"steelyard {verb}", description=about,
+    path = args.pop(0) if args and args[0].endswith((".yaml", ".yml")) else None
+    given = {} if path is None else read_yaml(path)
+    fields: list[Any] = [("settings", Annotated[_draft(config, given), tyro.conf.arg(name="")])]
+    for name, (kind, value, text) in extra.items():
+        kind = Annotated[kind, tyro.conf.arg(help=text)]
+        fields.append((name, kind) if value is tyro.MISSING else (name, kind, field(default=value)))
+    holder = make_dataclass("Options", fields, kw_only=True)
+    parsed: Any = tyro.cli(holder, args=args, prog=f"steelyard {verb}", description=about)
+    options = _options(args)
+    chosen = [found for name in options if (found := _find(config, name))]
+    values = copy.deepcopy(given)
+    for dotted in chosen:
+        value = parsed.settings
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        _put(values, dotted, value, f"--{dotted}")
+    file = "" if path is None else f"{path}: "
+    return checked(config, values, lambda f: f"--{f.replace('_', '-')}" if f in chosen else f"{file}{f}"), parsed
 
-        )  # fmt: skip
-    except ValidationError as error:
-        raise InputError(explain(error)) from None
-    # tyro sets every field; what equals its default counts as not given, so that options without effect show.
-    return checked(config, parsed.settings.model_dump(exclude_defaults=True)), parsed
 
-
-def checked(config: type[C], values: dict[str, Any], where: str = "") -> C:
+def checked(config: type[C], values: dict[str, Any], label: Callable[[str], str] = str) -> C:
     """`config(**values)`; raises InputError that names each field, what it must be and what was received."""
     try:
         return config(**values)
     except ValidationError as error:
-        raise InputError(explain(error, where)) from None
-
-
-def explain(error: ValidationError, where: str = "") -> str:
-    """One line per wrong field."""
-    lines = []
-    for e in error.errors():
-        field = ".".join(map(str, (*([where] if where else []), *e["loc"])))
-        if e["type"] == "extra_forbidden":
-            lines.append(f"{field}: no such setting; remove it or check its spelling")
-        elif e["type"] == "missing":
-            lines.append(f"{field}: is needed")
-        else:
-            lines.append(
-                f"{field}: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}" if field else e["msg"]
-            )
-    return "\n".join(lines)
+        raise InputError(explain(error, label)) from None
+    except TypeError:
+        raise InputError(f"settings must have names of text, got {list(values)}") from None
 
 
 def override(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -91,13 +84,11 @@ def override(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         path, equals, text = change.partition("=")
         if not equals or not path:
             raise InputError(f"an override is written section.field=value, got {change!r}")
-        *parents, last = path.split(".")
-        at = values
-        for parent in parents:
-            at = at.setdefault(parent, {})
-            if not isinstance(at, dict):
-                raise InputError(f"{change!r}: {parent} holds a value, not a section")
-        at[last] = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{change!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+        _put(values, path, value, repr(change))
     return values
 
 
@@ -106,10 +97,50 @@ def command_line() -> str:
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _start(config: type[C], given: dict[str, Any]) -> Any:
-    """The YAML's values, checked; required fields that it lacks are left for the command line."""
-    lacking = {n: _PLACEHOLDER for n, f in config.model_fields.items() if f.is_required() and n not in given}
-    filled = checked(config, {**given, **lacking})
-    values = {name: getattr(filled, name) for name in config.model_fields}
-    start: Any = config.model_construct(**{**values, **dict.fromkeys(lacking, tyro.MISSING)})
-    return start
+def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: {parent} holds a value, not a section")
+    values[last] = value
+
+
+def _draft(config: type[Config], given: Any = (), start: Config | None = None) -> Any:
+    """A dataclass with the fields of `config` and none of its checks, which tyro would report in pydantic's words.
+
+    `start` holds the defaults where they are not the class's own; fields in `given` are no longer required.
+    """
+    fields: list[Any] = []
+    for name, info in config.model_fields.items():
+        kind: Any = info.annotation
+        required = info.is_required() and start is None
+        default = None if required else getattr(start, name) if start else info.get_default(call_default_factory=True)
+        if isinstance(default, Config):
+            kind = _draft(type(default), start=default)
+            default = kind()
+        elif required and name in given:
+            kind, required = kind | None, False
+        kind = Annotated[kind, tyro.conf.arg(help=info.description)]
+        fields.append((name, kind) if required else (name, kind, field(default_factory=partial(copy.copy, default))))
+    return make_dataclass(config.__name__, fields, kw_only=True)
+
+
+def _options(args: Sequence[str]) -> list[str]:
+    """Names of the options, with underscores. Raises InputError if one occurs twice: the first would be lost."""
+    names = [a[2:].partition("=")[0].replace("-", "_") for a in args if a.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--{name.replace('_', '-')}: given twice; give it once, with all its values behind it")
+    return names
+
+
+def _find(config: type[Config], name: str) -> str | None:
+    """The dotted field that an option sets (`optim.no_decay` sets `optim.decay`); None for another option."""
+    first, _, rest = name.partition(".")
+    fields = config.model_fields
+    if rest and first in fields:
+        default = fields[first].get_default(call_default_factory=True)
+        found = _find(type(default), rest) if isinstance(default, Config) else None
+        return f"{first}.{found}" if found else None
+    return next((n for n in (name, name.removeprefix("no_")) if n in fields), None)
