@@ -26,7 +26,7 @@ from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.models.load import Precision
 from steelyard.models.policy import PolicyModel
-from steelyard.models.reward import RewardModel
+from steelyard.models.reward import RewardModel, require_reward_model
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.types import Prompt
 
@@ -59,6 +59,9 @@ def fingerprint(folder: str | Path) -> str:
 
 def sample_baselines(config: BaselineConfig, out: Path) -> Path:
     """Write (or find) the responses and, with a reward model, their scores in `out`; returns the last file."""
+    encoder = Encoder.load(config.policy, max_length=config.max_length)
+    if config.reward_model is not None:
+        require_reward_model(config.reward_model)
     out.mkdir(parents=True, exist_ok=True)
     prompts = list({prompt_key(p.prompt): p for p in load_prompts(config.prompts).items[: config.limit]}.values())
     settings = {
@@ -69,7 +72,6 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
         "max_length": config.max_length,
         "seed": config.seed,
     }
-    encoder = Encoder.load(config.policy, max_length=config.max_length)
     responses = out / f"responses-{_digest(settings)}.parquet"
     if not responses.exists():
         _write(responses, _responses(config, encoder, [p.prompt for p in prompts]), settings)

@@ -80,9 +80,14 @@ class Encoder:
         """Read the tokenizer saved in a model folder. Raises InputError if there is none."""
         from transformers import AutoTokenizer
 
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such model folder (tokenizer_config.json is missing); download one first")
         if not (Path(folder) / "tokenizer_config.json").exists():
             raise InputError(f"{folder}: a model folder must hold its tokenizer (tokenizer_config.json is missing)")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # The Rust tokenizers raise nothing more special for a damaged file.
+            raise InputError(f"{folder}: its tokenizer or config.json cannot be read: {error}") from error
         return cls(tokenizer, max_length=max_length, on_overlong=on_overlong)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

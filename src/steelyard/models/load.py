@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from steelyard.data.collate import TreeBatch, collate
@@ -27,7 +28,10 @@ def read_config(folder: str | Path) -> Any:
             f"{folder}: not a model folder (config.json is missing). Models are read from local folders in "
             "Hugging Face's layout; download one first"
         )
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: its config.json cannot be read: {error}") from None
 
 
 def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
@@ -41,6 +45,8 @@ def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
             return auto.from_pretrained(
                 folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
             )
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: its weights are missing or damaged: {error}; copy the model again") from None
         except ValueError as error:
             if "attention implementation" not in str(error):
                 raise

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from steelyard.data.collate import TreeBatch
 from steelyard.data.encode import Encoder
-from steelyard.models.load import Precision, check_logits, check_shared_prefix, open_model, quiet_loading, run_trunk
+from steelyard.errors import InputError
+from steelyard.models.load import (
+    Precision,
+    check_logits,
+    check_shared_prefix,
+    open_model,
+    quiet_loading,
+    read_config,
+    run_trunk,
+)
 
 
 class TokenLogprobs(NamedTuple):
@@ -35,9 +44,13 @@ class PolicyModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, *, precision: Precision = "float32") -> PolicyModel:
-        """Raises InputError if `folder` is not a checkpoint folder."""
+        """Raises InputError if `folder` does not hold a language model."""
         from transformers import AutoModelForCausalLM
 
+        names = read_config(folder).architectures or []
+        if any(name.endswith("ForSequenceClassification") for name in names):
+            # Loaded as a language model it would get an output layer of random weights.
+            raise InputError(f"{folder}: holds {names}, a reward model; a policy must be a language model")
         return cls(open_model(AutoModelForCausalLM, folder), precision=precision)
 
     @classmethod

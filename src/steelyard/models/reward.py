@@ -62,11 +62,7 @@ class RewardModel(nn.Module):
         """Raises InputError if `folder` does not hold a reward model with one output."""
         from transformers import AutoModelForSequenceClassification
 
-        if not is_reward_model(folder):
-            raise InputError(
-                f"{folder}: holds {read_config(folder).architectures}, not a reward model with one output "
-                "(AutoModelForSequenceClassification, num_labels=1); train one with `steelyard train reward`"
-            )
+        require_reward_model(folder)
         return cls(open_model(AutoModelForSequenceClassification, folder), precision=precision)
 
     def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
@@ -137,3 +133,12 @@ def is_reward_model(folder: str | Path) -> bool:
     config = read_config(folder)
     names = config.architectures or []
     return any(n.endswith("ForSequenceClassification") for n in names) and config.num_labels == 1
+
+
+def require_reward_model(folder: str | Path) -> None:
+    """Raise InputError unless the folder holds a reward model."""
+    if not is_reward_model(folder):
+        raise InputError(
+            f"{folder}: holds {read_config(folder).architectures}, not a reward model with one output "
+            "(AutoModelForSequenceClassification, num_labels=1); train one with `steelyard train reward`"
+        )
