@@ -31,11 +31,18 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
         raise InputError(f"{out}: holds a run already; go on with --resume, or give another folder (--out)")
     if stored.exists() and stored.read_text() != text:
         raise InputError(f"{out}: holds a run of another recipe ({stored}); give another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a folder, but it is a file: give another path")
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stored, text)
     run = _Run(recipe, out, resume)
     began = time.time()
-    files = run.stage("data", lambda: stages.prepare(recipe, out))
+    try:
+        files = run.stage("data", lambda: stages.prepare(recipe, out))
+    except InputError:
+        if not run.stages:  # Refused before it began: the mended recipe may use the same folder.
+            stored.unlink()
+        raise
     model = run.stage("SFT", lambda: stages.sft(recipe, files, out))
     measured = {
         scoring: run.stage(f"strength, {scoring}", partial(stages.weigh, recipe, files, model, out, scoring, resume))

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from steelyard.config import Config
+from steelyard import measure
+from steelyard.baselines import BaselineConfig
+from steelyard.config import Config, explain
 from steelyard.data.load import OnInvalid
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
-from steelyard.measure import Scoring
+from steelyard.evaluate.policy import PolicyEvaluationConfig
+from steelyard.measure import Scoring, StrengthConfig
+from steelyard.simulate.write import WorldConfig
+from steelyard.train import ppo
+from steelyard.train.ppo import PPOConfig
+from steelyard.train.reward import RewardConfig
+from steelyard.train.sft import SFTConfig
 
 C = TypeVar("C", bound=Config)
 Settings = dict[str, Any]
@@ -72,8 +81,75 @@ def build(config: type[C], where: str, settings: Mapping[str, Any], **filled: An
     try:
         return config(**{**settings, **filled})
     except ValidationError as error:
-        lines = [f"{where}.{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-        raise InputError("\n".join(lines)) from None
+        raise InputError(explain(error, lambda field: f"{where}.{field}")) from None
+
+
+def world_config(recipe: Recipe) -> WorldConfig:
+    """The small world's settings."""
+    return build(WorldConfig, "world", {"seed": recipe.seed} | (recipe.world or {}))
+
+
+def sft_config(recipe: Recipe, *, data: str | None, tokenizer: str | None) -> SFTConfig:
+    """Settings of the SFT stage; `data` and `tokenizer` are the small world's, None with the user's files."""
+    world = {name: value for name, value in (("data", data), ("tokenizer", tokenizer)) if value is not None}
+    return build(SFTConfig, "sft", {"seed": recipe.seed} | (recipe.sft or {}), model=recipe.model, **world)
+
+
+def strength_config(recipe: Recipe, scoring: Scoring, *, data: str, model: str) -> StrengthConfig:
+    """Settings of one scoring. The folds are the out-of-fold scoring's alone."""
+    settings = {"seed": recipe.seed} | recipe.strength
+    if scoring == "in-sample" and "out-of-fold" in recipe.scorings:
+        settings.pop("folds", None)
+    return build(StrengthConfig, "strength", settings, data=data, model=model, scoring=scoring)
+
+
+def reward_config(
+    recipe: Recipe, options: RepairOptions, *, data: str, model: str, validation: dict[str, str]
+) -> RewardConfig:
+    """Settings of one arm's reward model."""
+    settings = {"seed": recipe.seed} | recipe.reward
+    fixed = {"data": data, "model": model, "validation": validation, "margin_in_flip": options.margin_in_flip}
+    return build(RewardConfig, "reward", settings, **fixed)
+
+
+def baseline_config(
+    recipe: Recipe, policy: PolicyConfig, *, model: str, prompts: str, reward_model: str
+) -> BaselineConfig:
+    """Settings of the offline sampling."""
+    settings = {"seed": recipe.seed} | policy.baselines
+    return build(BaselineConfig, "policy.baselines", settings, policy=model, prompts=prompts, reward_model=reward_model)
+
+
+def contrastive(policy: PolicyConfig, arm: str) -> bool:
+    """Whether a policy arm is paid contrastive rewards."""
+    default = PPOConfig.model_fields["reward"].default
+    return bool((policy.ppo | policy.arms[arm]).get("reward", default) == "contrastive")
+
+
+def ppo_config(
+    recipe: Recipe,
+    policy: PolicyConfig,
+    arm: str,
+    *,
+    model: str,
+    prompts: str,
+    reward_model: str,
+    baselines: str,
+    gold: str | None,
+) -> PPOConfig:
+    """Settings of one policy arm. What `policy.ppo` says of contrastive rewards is not for plain arms."""
+    shared, own = policy.ppo, {name: value for name, value in policy.arms[arm].items() if name != "rm"}
+    fixed: Settings = {"policy": model, "prompts": prompts, "reward_model": reward_model, "gold": gold}
+    if contrastive(policy, arm):
+        fixed["baselines"] = baselines
+    else:
+        shared = {name: value for name, value in shared.items() if name not in ppo.CONTRASTIVE_ONLY}
+    return build(PPOConfig, f"policy.arms.{arm}", {"seed": recipe.seed} | shared | own, **fixed)
+
+
+def evaluation_config(policy: PolicyConfig) -> PolicyEvaluationConfig:
+    """Settings of the policies' examination."""
+    return build(PolicyEvaluationConfig, "policy.evaluate", policy.evaluate)
 
 
 def check(recipe: Recipe) -> None:
@@ -86,11 +162,57 @@ def check(recipe: Recipe) -> None:
         raise InputError("`model: scratch` is for the small world; with `data`, name a model folder")
     if recipe.repair_from not in recipe.scorings:
         raise InputError(f"repair_from = {recipe.repair_from} must be one of scorings = {list(recipe.scorings)}")
+    if not recipe.repair:
+        raise InputError("repair: name at least one arm, such as `plain: {recipe: keep}`")
+    _check_files(recipe)
+    _check_stages(recipe)
+    if recipe.policy is not None:
+        _check_policy(recipe, recipe.policy)
+
+
+def _check_files(recipe: Recipe) -> None:
+    """The user's files must be there: some are read only hours after the start."""
+    for name in ("preferences", "validation", "prompts", "eval_prompts"):
+        path = getattr(recipe.data, name, None)
+        if path is not None and not Path(path).exists():
+            raise InputError(f"data.{name}: {path}: no such file")
+    if recipe.model != "scratch" and not Path(recipe.model).is_dir():
+        raise InputError(f"model: {recipe.model}: no such folder")
+
+
+def _check_stages(recipe: Recipe) -> None:
+    """Every section up to the reward models, with empty paths for what earlier stages will leave."""
+    if recipe.world is not None:
+        world_config(recipe)
+    if recipe.sft is not None:
+        made = "" if recipe.world is not None else None
+        sft_config(recipe, data=made, tokenizer=made if recipe.model == "scratch" else None)
+    for scoring in recipe.scorings:
+        config = strength_config(recipe, scoring, data="", model="")
+        try:
+            measure.check(config)
+            measure.held_out_plan(config, [str(prompt) for prompt in range(config.folds)])
+        except InputError as error:
+            raise InputError(f"strength: {error}") from None
     for name, settings in recipe.repair.items():
-        build(RepairOptions, f"repair.{name}", settings)
-    for name, settings in (recipe.policy.arms if recipe.policy else {}).items():
+        options = build(RepairOptions, f"repair.{name}", settings)
+        if options.recipe == "oracle flip" and recipe.data is not None and recipe.data.truth_column is None:
+            raise InputError(f"repair.{name}: oracle flip needs the truth: name its column in data.truth_column")
+        reward_config(recipe, options, data="", model="", validation={})
+
+
+def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
+    baseline_config(recipe, policy, model="", prompts="", reward_model="")
+    evaluation_config(policy)
+    build(PPOConfig, "policy.ppo", policy.ppo, policy="", reward_model="", prompts="")
+    for name, settings in policy.arms.items():
         if settings.get("rm", default_arm(recipe)) not in recipe.repair:
             raise InputError(f"policy.arms.{name}.rm must be one of {list(recipe.repair)}, got {settings.get('rm')!r}")
+        config = ppo_config(recipe, policy, name, model="", prompts="", reward_model="", baselines="", gold=None)
+        try:
+            ppo.check(config)
+        except InputError as error:
+            raise InputError(f"policy.arms.{name}: {error}") from None
 
 
 def default_arm(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard.baselines import sample_baselines
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
@@ -17,17 +17,31 @@ from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.evaluate.reward import examine
-from steelyard.measure import Scoring, StrengthConfig, measure
+from steelyard.measure import Scoring, measure
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import PolicyConfig, Recipe, Settings, build, default_arm
+from steelyard.recipe import (
+    PolicyConfig,
+    Recipe,
+    Settings,
+    baseline_config,
+    build,
+    contrastive,
+    default_arm,
+    evaluation_config,
+    ppo_config,
+    reward_config,
+    sft_config,
+    strength_config,
+    world_config,
+)
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
-from steelyard.simulate.write import FILES, WorldConfig, write_world
+from steelyard.simulate.write import FILES, write_world
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, read_pairs, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
-from steelyard.types import Preference, Strength
+from steelyard.types import Preference, Prompt, Strength
 
 GOLD = "steelyard.simulate.world:gold"
 
@@ -51,7 +65,7 @@ def prepare(recipe: Recipe, out: Path) -> Files:
     if recipe.world is not None:
         folder = out / "data"
         if not folder.exists():
-            write_world(build(WorldConfig, "world", {"seed": recipe.seed} | recipe.world), folder)
+            write_world(world_config(recipe), folder)
         path = {name: str(folder / file) for name, file in FILES.items()}
         truth, noise = _read_truth(Path(path["truth"]))
         validation_truth, _ = _read_truth(Path(path["validation_truth"]))
@@ -109,7 +123,9 @@ def truth_column(preferences: Sequence[Preference], column: str | None, file: st
     truth = {}
     for p in preferences:
         value = p.row.get(column)
-        if value not in (-1, 0, 1):
+        if isinstance(value, str) and value.strip() in ("-1", "0", "1"):  # A CSV's cells are texts.
+            value = int(value)
+        if isinstance(value, bool) or value not in (-1, 0, 1):
             raise InputError(f"{p.source}: column {column!r} must be 1, 0 or -1 (right, tie, wrong), got {value!r}")
         truth[p.id] = int(value)
     return truth
@@ -135,12 +151,8 @@ def sft(recipe: Recipe, files: Files, out: Path) -> str:
     """Supervised fine-tuning; returns the model folder that the other stages start from."""
     if recipe.sft is None:
         return recipe.model
-    settings: Settings = {"seed": recipe.seed} | recipe.sft
-    if files.sft is not None:
-        settings["data"] = files.sft
-    if recipe.model == "scratch":
-        settings["tokenizer"] = files.tokenizer
-    config = build(SFTConfig, "sft", settings, model=recipe.model)
+    tokenizer = files.tokenizer if recipe.model == "scratch" else None
+    config = sft_config(recipe, data=files.sft, tokenizer=tokenizer)
     run_jobs(_train_sft, [(config, out / "sft")], workers=1, threads=recipe.threads, labels=["SFT"])
     return str(out / "sft" / "model")
 
@@ -152,17 +164,7 @@ def _train_sft(config: SFTConfig, out: Path) -> dict[str, Any]:
 
 def weigh(recipe: Recipe, files: Files, model: str, out: Path, scoring: Scoring, resume: bool) -> list[Strength | None]:
     """Strength of every training pair, in order."""
-    settings = {"seed": recipe.seed} | recipe.strength
-    if scoring == "in-sample":
-        settings.pop("folds", None)
-    config = build(
-        StrengthConfig,
-        "strength",
-        settings,
-        data=files.preferences,
-        model=model,
-        scoring=scoring,
-    )
+    config = strength_config(recipe, scoring, data=files.preferences, model=model)
     preferences = load_preferences(files.preferences).preferences
     folder = out / "strength" / scoring
     return measure(config, preferences, folder, truth=files.truth, noise=files.noise, resume=resume)
@@ -193,15 +195,7 @@ def reward_models(
     """One reward model for each repaired data set."""
     jobs = []
     for name, (data, options) in arms.items():
-        config = build(
-            RewardConfig,
-            "reward",
-            {"seed": recipe.seed} | recipe.reward,
-            data=data,
-            model=model,
-            validation=files.validation,
-            margin_in_flip=options.margin_in_flip,
-        )
+        config = reward_config(recipe, options, data=data, model=model, validation=files.validation)
         jobs.append((config, out / "rm" / name))
     run_jobs(
         _train_reward,
@@ -262,20 +256,12 @@ def examine_model(folder: str, validation: dict[str, str], settings: Settings) -
 def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> dict[str, str]:
     """Scored baselines for every reward model that a contrastive arm uses; the responses are sampled once."""
     arms = {
-        settings.get("rm", default_arm(recipe))
-        for settings in policy.arms.values()
-        if settings.get("reward", "contrastive") == "contrastive"
+        settings.get("rm", default_arm(recipe)) for name, settings in policy.arms.items() if contrastive(policy, name)
     }
     scored = {}
     for arm in sorted(arms):
-        config = build(
-            BaselineConfig,
-            "policy.baselines",
-            {"seed": recipe.seed} | policy.baselines,
-            policy=model,
-            prompts=files.prompts,
-            reward_model=str(out / "rm" / arm / "model"),
-        )
+        reward = str(out / "rm" / arm / "model")
+        config = baseline_config(recipe, policy, model=model, prompts=files.prompts, reward_model=reward)
         scored[arm] = str(sample_baselines(config, out / "baselines"))
     return scored
 
@@ -285,20 +271,11 @@ def optimise(
 ) -> None:
     jobs = []
     for name, settings in policy.arms.items():
-        own = dict(settings)
-        arm = own.pop("rm", default_arm(recipe))
-        merged = {"seed": recipe.seed} | policy.ppo | own
-        if merged.get("reward", "contrastive") == "contrastive":
-            merged["baselines"] = scored[arm]
-        config = build(
-            PPOConfig,
-            f"policy.arms.{name}",
-            merged,
-            policy=model,
-            reward_model=str(out / "rm" / arm / "model"),
-            prompts=files.prompts,
-            gold=files.gold,
-        )
+        arm = settings.get("rm", default_arm(recipe))
+        config = ppo_config(
+            recipe, policy, name, model=model, prompts=files.prompts, reward_model=str(out / "rm" / arm / "model"),
+            baselines=scored.get(arm, ""), gold=files.gold,
+        )  # fmt: skip
         jobs.append((config, out / "ppo" / name))
     run_jobs(
         _train_ppo,
@@ -319,13 +296,10 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     target = out / "evaluate" / "policy.json"
     if target.exists():
         return
-    config = build(PolicyEvaluationConfig, "policy.evaluate", policy.evaluate)
-    ppo = build(PPOConfig, "policy.ppo", policy.ppo, policy=model, reward_model="", prompts="")
-    encoder_length = ppo.max_length
-    prompts = [p.prompt for p in load_prompts(files.eval_prompts or files.prompts).items]
+    config = evaluation_config(policy)
+    encoder_length = policy.ppo.get("max_length", PPOConfig.model_fields["max_length"].default)
     encoder = Encoder.load(model, max_length=encoder_length)
-    room = encoder_length - config.sampling.max_new_tokens
-    prompts = [p for p in prompts if len(encoder.prompt_ids(p)) <= room][: policy.limit_eval]
+    prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
     # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
     first = out / "rm" / next(iter(policy.arms.values())).get("rm", default_arm(recipe)) / "model"
     jobs: list[tuple[Any, ...]] = [(model, model, str(first), prompts, encoder_length, files.gold, config)]
@@ -338,6 +312,19 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     found = compare(answers, prompts, config, first="SFT") | {"frontier": _frontier(policy, out)}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(target, found)
+
+
+def prompts_that_fit(path: str, encoder: Encoder, config: PolicyEvaluationConfig) -> list[Prompt]:
+    """The file's prompts that leave room for a response. Raises InputError if none does."""
+    prompts = [p.prompt for p in load_prompts(path).items]
+    room = encoder.max_length - config.sampling.max_new_tokens
+    fits = [p for p in prompts if len(encoder.prompt_ids(p)) <= room]
+    said = f"{path}: {len(fits)} of {len(prompts)} prompts leave room for {config.sampling.max_new_tokens} new tokens"
+    if not fits:
+        raise InputError(f"{said} within max_length = {encoder.max_length}; raise max_length")
+    if len(fits) < len(prompts):
+        print(f"{said} within max_length = {encoder.max_length}; the others are left out", flush=True)
+    return fits
 
 
 def _answer(

@@ -45,6 +45,9 @@ from steelyard.scorer import Scorer, load_scorer
 from steelyard.train.optim import OptimConfig, batches, set_rate
 from steelyard.types import Prompt
 
+CONTRASTIVE_ONLY = frozenset({"baselines", "k", "scaling", "scale_warmup", "scale_floor"})
+"""Settings without effect on plain rewards."""
+
 
 class PPOConfig(Config):
     """PPO on plain or contrastive rewards."""
@@ -120,7 +123,7 @@ class Models:
 
 def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train, leaving a stage folder in `out` with the policy in `out/model`; returns the result."""
-    _check(config)
+    check(config)
     run = RunDir.open(out, config, resume=resume)
     with run:
         if run.finished:
@@ -295,7 +298,7 @@ def _guard(metrics: dict[str, float], step: int) -> None:
         )
 
 
-def _check(config: PPOConfig) -> None:
+def check(config: PPOConfig) -> None:
     """Raise InputError for settings that would have no effect or no meaning."""
     if config.sampling.top_p != 1.0 or config.sampling.repetition_penalty != 1.0:
         raise InputError(
@@ -304,7 +307,7 @@ def _check(config: PPOConfig) -> None:
         )
     if config.reward == "contrastive" and config.baselines is None:
         raise InputError("baselines: contrastive rewards need a scored baseline file; make one with `steelyard sample`")
-    useless = {"baselines", "k", "scaling", "scale_warmup", "scale_floor"} & config.given()
+    useless = CONTRASTIVE_ONLY & config.given()
     if config.reward == "plain" and useless:
         raise InputError(f"{', '.join(sorted(useless))}: no effect with reward = plain; leave out, or use contrastive")
 
