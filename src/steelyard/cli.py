@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         return _unknown(args)
     from steelyard.errors import InputError
+    from steelyard.parallel import JobError
 
     try:
         commands = importlib.import_module("steelyard.commands")
         commands.COMMANDS[verb](args[len(verb.split()) :])
         return 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
     except InputError as error:
         print(f"steelyard {verb}: {error}", file=sys.stderr)
         return 2
@@ -59,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FloatingPointError as error:
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"steelyard {verb}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        return 2
+    except (FloatingPointError, JobError) as error:
         print(f"steelyard {verb}: {error}", file=sys.stderr)
         return 1
 
@@ -89,8 +95,8 @@ def _unknown(args: list[str]) -> int:
         print(f"steelyard {args[0]}: say which: {wanted}", file=sys.stderr)
         return 2
     close = difflib.get_close_matches(args[0], [v.split()[0] for v in VERBS], n=1)
-    hint = f"; did you mean `{close[0]}`?" if close else ""
-    print(f"steelyard: unknown verb {args[0]!r}{hint} `steelyard --help` lists them", file=sys.stderr)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    print(f"steelyard: unknown verb {args[0]!r}.{hint} `steelyard --help` lists them all.", file=sys.stderr)
     return 2
 
 

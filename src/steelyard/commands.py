@@ -17,8 +17,8 @@ from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.cli import VERBS
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
-from steelyard.data.export import write_annotated, write_preferences, write_published
-from steelyard.data.load import OnInvalid, load_preferences, load_prompts
+from steelyard.data.export import refuse_annotated, write_annotated, write_preferences, write_published
+from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
@@ -31,7 +31,7 @@ from steelyard.scorer import load_scorer
 from steelyard.settings import checked, command_line, override, parse, read_yaml
 from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
-from steelyard.stages import examine_model, truth_column
+from steelyard.stages import examine_model, prompts_that_fit, truth_column
 from steelyard.summary import describe_run, tables
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
@@ -72,7 +72,7 @@ def _run(path: Path, args: Args, verb: str, out: Path | None) -> None:
         out=(Path, tyro.MISSING if out is None else out, "folder to write to"),
         resume=RESUME,
     )
-    recipe = checked(Recipe, override(read_yaml(path), options.set), str(path.name))
+    recipe = checked(Recipe, override(read_yaml(path), options.set), lambda f: f"{path.name}: {f}")
     summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
     page = build_report(extra.out)
     _show(summary["tables"])
@@ -110,6 +110,7 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
     began = time.time()
     loaded = load_preferences(config.data, on_invalid=config.on_invalid)
     print(loaded.report.text())
+    refuse_annotated(loaded)
     truth = truth_column(loaded.preferences, column, config.data)
     own = StrengthConfig(**{k: getattr(config, k) for k in config.model_fields_set if k in StrengthConfig.model_fields})
     folder = out / "strength" / config.scoring
@@ -143,7 +144,7 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
 
 def simulate(args: Args) -> None:
     """A small world; or, with --data and --scorer, the user's pairs relabelled by noisy annotators."""
-    if "--data" not in args:
+    if not any(a.partition("=")[0] == "--data" for a in args):
         config, extra = parse(
             WorldConfig, args, verb="simulate", out=OUT,
             about=VERBS["simulate"] + ". To relabel your own pairs: `--data FILE --scorer module:function --out FILE`",
@@ -190,9 +191,11 @@ def repair_command(args: Args) -> None:
         out=(Path, tyro.MISSING, "file to write: .jsonl, .csv or .parquet"),
         on_invalid=(OnInvalid, "error", "malformed rows: error or skip"),
     )  # fmt: skip
+    if options.recipe == "oracle flip":
+        raise InputError("--recipe oracle flip needs the truth; use it in a recipe (`steelyard run`) with truth_column")
     loaded = load_preferences(extra.data, on_invalid=extra.on_invalid)
     print(loaded.report.text())
-    if not loaded.strengths and options.recipe not in ("keep", "oracle flip"):
+    if not loaded.strengths and options.recipe != "keep":
         raise InputError(f"{extra.data}: no strengths in it; measure them first (`steelyard audit` or `strength`)")
     strengths = [loaded.strengths.get(p.id) for p in loaded.preferences]
     repaired, changes = repair(loaded.preferences, strengths, options)
@@ -215,20 +218,21 @@ class RewardEvaluationConfig(Config):
     """Examination of one reward model."""
 
     model: str = Field(description="reward-model folder")
-    data: tuple[str, ...] = Field(description="preference files, each examined by itself")
+    data: tuple[str, ...] = Field(min_length=1, description="preference files, each examined by itself")
     max_length: int = Field(512, ge=8, description="tokens of prompt and one response together: as in training")
 
 
 def evaluate_reward(args: Args) -> None:
     """Accuracy with intervals, likelihood, calibration."""
     config, extra = parse(RewardEvaluationConfig, args, verb="evaluate reward", about=VERBS["evaluate reward"], out=OUT)
-    sets = {Path(path).name: path for path in config.data}
+    target = _new(extra.out / "examine" / "reward.json")
+    names = [Path(path).name for path in config.data]
+    sets = {name if names.count(name) == 1 else path: path for name, path in zip(names, config.data, strict=True)}
     found = examine_model(config.model, sets, {"max_length": config.max_length})
     arm = Path(config.model).name
     rows = [{"arm": arm, "set": name, **f["row"]} for name, f in found.items()]
     bins = [{"arm": arm, "set": name, "bins": f["bins"]} for name, f in found.items()]
-    (extra.out / "examine").mkdir(parents=True, exist_ok=True)
-    write_json_atomic(extra.out / "examine" / "reward.json", {"rows": rows, "reliability": bins, "by_strength": []})
+    write_json_atomic(target, {"rows": rows, "reliability": bins, "by_strength": []})
     _show(tables(extra.out))
 
 
@@ -246,17 +250,27 @@ class PolicyComparisonConfig(PolicyEvaluationConfig):
 def evaluate_policy(args: Args) -> None:
     """Sample from each policy on held-out prompts and compare."""
     config, extra = parse(PolicyComparisonConfig, args, verb="evaluate policy", about=VERBS["evaluate policy"], out=OUT)
+    if "SFT" in config.policies:
+        raise InputError("--policies: the name SFT is the SFT model's own; give the policy another name")
+    target = _new(extra.out / "evaluate" / "policy.json")
     encoder = Encoder.load(config.sft, max_length=config.max_length)
-    prompts = [p.prompt for p in load_prompts(config.prompts).items]
+    prompts = prompts_that_fit(config.prompts, encoder, config)
     gold = load_scorer(config.gold) if config.gold else None
     folders = {"SFT": config.sft, **config.policies}
     answers = {
         name: answer(folder, config.sft, config.reward_model, prompts, encoder, gold, config)
         for name, folder in folders.items()
     }
-    (extra.out / "evaluate").mkdir(parents=True, exist_ok=True)
-    write_json_atomic(extra.out / "evaluate" / "policy.json", compare(answers, prompts, config, first="SFT"))
+    write_json_atomic(target, compare(answers, prompts, config, first="SFT"))
     _show(tables(extra.out))
+
+
+def _new(path: Path) -> Path:
+    """A file to write, its folder made. Raises InputError if it is there: results are never overwritten."""
+    if path.exists():
+        raise InputError(f"{path}: exists already; give another folder (--out)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def report(args: Args) -> None:

@@ -60,12 +60,8 @@ def write_annotated(
     unknown = set(strengths) - {preference.id for preference in loaded.preferences}
     if unknown:
         raise InputError(f"{loaded.path}: has no preference with id {', '.join(sorted(unknown)[:5])}")
-    taken = [name for name in ANNOTATION_COLUMNS if any(name in row for row in loaded.rows)]
-    if taken and not overwrite_columns:
-        raise InputError(
-            f"{loaded.path}: already has the columns {', '.join(taken)}; rename them, or replace them with "
-            "overwrite_columns=True"
-        )
+    if not overwrite_columns:
+        refuse_annotated(loaded)
     rows = []
     for row, outcome in zip(loaded.rows, loaded.outcomes, strict=True):
         if isinstance(outcome, Problem):
@@ -74,6 +70,16 @@ def write_annotated(
             added = _annotation(strengths.get(loaded.preferences[outcome].id), "not scored")
         rows.append({**row, **added})
     return _write(rows, out, overwrite=overwrite)
+
+
+def refuse_annotated(loaded: Loaded) -> None:
+    """Raise InputError if the rows have one of the columns that `write_annotated` adds."""
+    taken = [name for name in ANNOTATION_COLUMNS if any(name in row for row in loaded.rows)]
+    if taken:
+        raise InputError(
+            f"{loaded.path}: already has the columns {', '.join(taken)}; remove or rename them (in Python, they can "
+            "be replaced with overwrite_columns=True)"
+        )
 
 
 def write_preferences(preferences: Sequence[Preference], out: str | Path, *, overwrite: bool = False) -> Path:
@@ -191,7 +197,7 @@ def _write(rows: Sequence[Mapping[str, Any]], out: Path, *, overwrite: bool) -> 
     if suffix not in writers or (suffix == ".parquet" and name.endswith(".gz")):
         raise InputError(f"{out}: the name must end with .jsonl, .csv (each also with .gz) or .parquet")
     if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists already; choose another name or allow overwriting (overwrite=True)")
+        raise InputError(f"{out}: exists already; choose another name, or remove it (in Python: overwrite=True)")
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
