@@ -134,7 +134,7 @@ def test_other_preferences_than_those_of_the_file_are_refused_to_full_members(
     [
         ({"backend": "full", "penalty": 0.1}, "penalty: no effect with backend = full"),
         ({"backend": "head", "member": MemberConfig(epochs=2)}, "member: no effect with backend = head"),
-        ({"scoring": "in-sample", "folds": 2}, "folds: no effect with backend = head, scoring = in-sample"),
+        ({"scoring": "in-sample", "folds": 5}, "folds: no effect with backend = head, scoring = in-sample"),
     ],
 )
 def test_settings_without_effect_are_refused_by_name(
