@@ -232,7 +232,7 @@ def evaluate_reward(args: Args) -> None:
     arm = Path(config.model).name
     rows = [{"arm": arm, "set": name, **f["row"]} for name, f in found.items()]
     bins = [{"arm": arm, "set": name, "bins": f["bins"]} for name, f in found.items()]
-    write_json_atomic(target, {"rows": rows, "reliability": bins, "by_strength": []})
+    _write(target, {"rows": rows, "reliability": bins, "by_strength": []})
     _show(tables(extra.out))
 
 
@@ -261,16 +261,22 @@ def evaluate_policy(args: Args) -> None:
         name: answer(folder, config.sft, config.reward_model, prompts, encoder, gold, config)
         for name, folder in folders.items()
     }
-    write_json_atomic(target, compare(answers, prompts, config, first="SFT"))
+    _write(target, compare(answers, prompts, config, first="SFT"))
     _show(tables(extra.out))
 
 
 def _new(path: Path) -> Path:
-    """A file to write, its folder made. Raises InputError if it is there: results are never overwritten."""
+    """A file that can be written. Raises InputError if it is there: results are never overwritten."""
     if path.exists():
         raise InputError(f"{path}: exists already; give another folder (--out)")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if file := next((p for p in path.parents if p.is_file()), None):
+        raise InputError(f"{file}: must be a folder, but it is a file; give another path (--out)")
     return path
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, content)
 
 
 def report(args: Args) -> None:

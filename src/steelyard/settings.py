@@ -23,8 +23,7 @@ C = TypeVar("C", bound=Config)
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError with file and line."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such settings file") from None
     except OSError as error:
@@ -32,7 +31,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte offset {error.start}; convert the file to UTF-8") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+        raise InputError(f"{path}: not valid YAML: {str(error).replace('<unicode string>', str(path))}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -1,0 +1,300 @@
+"""Whole recipes through the command line, in tiny: every stage, resumed, interrupted, on a world and on files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from conftest import Folders
+from steelyard.cli import main
+from steelyard.errors import InputError
+from steelyard.recipe import Recipe, check
+from steelyard.run_dir import RunDir
+
+OPTIM = {"lr": 3e-3}
+TINY: dict[str, Any] = {
+    "name": "Tiny",
+    "world": {"sft": 24, "preferences": 32, "validation": 12, "rl_prompts": 8, "eval_prompts": 4},
+    "sft": {
+        "scratch": {"layers": 1, "width": 16, "heads": 2, "context": 192}, "batch_size": 8, "max_length": 160,
+        "optim": OPTIM, "save_every": 2, "log_every": 1,
+    },
+    "strength": {
+        "backend": "full", "members": 2, "folds": 2, "workers": 1, "max_length": 160,
+        "member": {"batch_size": 8, "optim": OPTIM},
+    },
+    "scorings": ["in-sample", "out-of-fold"],
+    "repair": {"plain": {"recipe": "keep"}, "flip+margin": {"recipe": "flip+margin"},
+               "oracle flip": {"recipe": "oracle flip"}},
+    "reward": {"batch_size": 8, "max_length": 160, "optim": OPTIM, "save_every": 2, "log_every": 1},
+    "policy": {
+        "baselines": {"k": 2, "max_length": 160, "sampling": {"max_new_tokens": 6}},
+        "ppo": {
+            "steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2, "max_length": 160, "save_every": 1,
+            "sampling": {"max_new_tokens": 6}, "actor": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "scale_warmup": 8,
+        },
+        "arms": {"plain PPO": {"reward": "plain"}, "contrastive PPO": {"rm": "flip+margin"}},
+        "evaluate": {"k": 1, "sampling": {"max_new_tokens": 6}},
+    },
+    "workers": 1,
+}  # fmt: skip
+STAGES = [
+    "data", "SFT", "strength, in-sample", "strength, out-of-fold", "repair", "reward models", "examination",
+    "baselines", "PPO", "policy evaluation",
+]  # fmt: skip
+TIMED = {"timings.jsonl", "stages.json", "summary.json", "run.json", "report.html", "recipe.yaml"}
+
+
+@contextmanager
+def at_event(hook: Callable[[int], None]) -> Iterator[None]:
+    """Call `hook(n)` before the n-th line or renamed file: the moments at which a run leaves something behind."""
+    places: list[tuple[Any, str]] = [(os, "replace"), (RunDir, "_append")]
+    before = [getattr(owner, name) for owner, name in places]
+    count = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            hook(count - 1)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    for (owner, name), original in zip(places, before, strict=True):
+        setattr(owner, name, counted(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, before, strict=True):
+            setattr(owner, name, original)
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+    """`steelyard run recipe.yaml --out run` in the folder: relative paths, so that two runs leave the same bytes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    monkeypatch.chdir(folder)
+    return main(["run", "recipe.yaml", "--out", "run", *more])
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything a run leaves but times; a strength's result.json without its seconds."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        kept = path.is_file() and path.name not in TIMED and not path.name.startswith(".")
+        if not kept or "checkpoints" in path.parts or path.suffix == ".npz":
+            continue
+        content = path.read_bytes()
+        if path.name == "result.json" and "strength" in path.parts:
+            content = json.dumps(json.loads(content) | {"seconds": 0}).encode()
+        found[str(path.relative_to(out))] = content
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Path, int]:
+    """An uninterrupted run, and how many events it had."""
+    folder = tmp_path_factory.mktemp("whole")
+    events: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, at_event(events.append):
+        assert start(folder, patch) == 0
+    return folder, len(events)
+
+
+def test_every_stage_leaves_what_the_report_shows(whole: tuple[Path, int]) -> None:
+    run = whole[0] / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [s["name"] for s in summary["stages"]] == STAGES
+    titles = [table["title"] for table in summary["tables"]]
+    assert titles == [
+        "Finding wrong labels, in-sample", "Finding wrong labels, out-of-fold",
+        "Reward models: accuracy on held-out pairs", "Policies on held-out prompts", "Win / tie / lose by gold",
+    ]  # fmt: skip
+    assert [row[0] for row in summary["tables"][2]["rows"]] == ["plain", "flip+margin", "oracle flip"]
+    assert [row[0] for row in summary["tables"][3]["rows"]] == ["SFT", "plain PPO", "contrastive PPO"]
+    page = (run / "report.html").read_text()
+    assert "contrastive PPO" in page
+    assert "Tiny" in page
+    # The oracle turned exactly the labels that the world knows to be wrong.
+    wrong = {r["id"] for r in map(json.loads, (run / "data/truth.jsonl").read_text().splitlines()) if r["wrong"]}
+    turned = {r["id"] for r in map(json.loads, (run / "repair/oracle-flip.changes.jsonl").read_text().splitlines())}
+    assert turned == wrong
+    # What the PPO section says of contrastive rewards is for the contrastive arm alone.
+    configs = {arm: json.loads((run / "ppo" / arm / "config.json").read_text()) for arm in TINY["policy"]["arms"]}
+    assert configs["contrastive PPO"]["scale_warmup"] == 8
+    assert configs["contrastive PPO"]["reward_model"] == "run/rm/flip+margin/model"
+    assert configs["plain PPO"]["baselines"] is None
+    assert configs["plain PPO"]["actor"]["decay"] is False, "a rate of one's own must not bring the decay back"
+
+
+def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
+    whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole[0] / "run"
+    before, tables = results(run), json.loads((run / "summary.json").read_text())["tables"]
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished stage was computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", never)
+        patch.setattr("steelyard.baselines.sample", never)
+        patch.setattr("steelyard.evaluate.policy.sample", never)
+        patch.setattr("steelyard.models.reward.RewardModel.score", never)
+        assert start(whole[0], patch, "--resume") == 0
+        # The stored recipe does as well as the one given.
+        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tables"] == tables
+    assert [s["name"] for s in summary["stages"]] == STAGES
+    assert results(run) == before
+
+    with monkeypatch.context() as patch:
+        assert start(whole[0], patch) == 2
+        assert "holds a run already; go on with --resume" in capsys.readouterr().err
+        assert start(whole[0], patch, "--resume", "--set", "seed=5") == 2
+        assert "holds a run of another recipe" in capsys.readouterr().err
+    assert results(run) == before
+
+
+def test_interrupted_again_and_again_a_run_leaves_the_same_files(
+    whole: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, total = whole
+
+    def stop_at(event: int) -> Callable[[int], None]:
+        def hook(n: int) -> None:
+            if n == event:
+                raise KeyboardInterrupt
+
+        return hook
+
+    resume: list[str] = []
+    for share in (0.12, 0.2, 0.2, 0.2, 0.15):
+        with at_event(stop_at(int(total * share))):
+            assert start(tmp_path, monkeypatch, *resume) == 130
+        resume = ["--resume"]
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert start(tmp_path, monkeypatch, "--resume") == 0
+    expected, found = results(folder / "run"), results(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Pairs with a column of truth: 1, or -1 where the planted rule is turned; every seventh is a tie."""
+    folder = tmp_path_factory.mktemp("files")
+    made = {}
+    for name, n, seed in (("train", 40, 1), ("held-out", 21, 2)):
+        rows, wrong = tiny.planted_pairs(n, flips=0.3, seed=seed)
+        for i, row in enumerate(rows):
+            row["judge"] = 0 if i % 7 == 6 else -1 if wrong[i] else 1
+        made[name] = tiny.write_jsonl(folder / f"{name}.jsonl", rows)
+    return made
+
+
+def test_a_recipe_on_the_users_files(
+    files: dict[str, str], language_model: Folders, tmp_path: Path, one_thread: None
+) -> None:
+    recipe = {
+        "data": {
+            "preferences": files["train"], "validation": files["held-out"], "truth_column": "judge", "limit": 24,
+        },
+        "model": language_model("llama"),
+        "strength": {"members": 4, "folds": 2, "max_length": 64},
+        "repair": {"plain": {"recipe": "keep"}, "oracle": {"recipe": "oracle flip"}},
+        "reward": {"batch_size": 8, "max_length": 64, "optim": OPTIM},
+        "workers": 1,
+    }  # fmt: skip
+    path, out = tmp_path / "mine.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(path), "--out", str(out)]) == 0
+    assert len((out / "data/preferences.jsonl").read_text().splitlines()) == 24
+    sets = {name: [json.loads(x) for x in (out / "validation" / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("original", "relabelled", "agreement")}  # fmt: skip
+    given = [json.loads(line) for line in Path(files["held-out"]).read_text().splitlines()]
+    assert [r["chosen"] for r in sets["original"]] == [r["chosen"] for r in given]
+    assert [r["id"] for r in sets["relabelled"]] == [r["id"] for r in given if r["judge"]]
+    assert all("good" in r["chosen"].split() for r in sets["relabelled"])
+    assert [r["id"] for r in sets["agreement"]] == [r["id"] for r in given if r["judge"] == 1]
+    rows = json.loads((out / "examine/reward.json").read_text())["rows"]
+    assert {(r["arm"], r["set"]): r["n"] for r in rows} == {
+        (arm, name): len(pairs) for arm in ("plain", "oracle") for name, pairs in sets.items()
+    }
+    first = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()][:24]
+    turned = [json.loads(line)["id"] for line in (out / "repair/oracle.changes.jsonl").read_text().splitlines()]
+    assert turned == [r["id"] for r in first if r["judge"] == -1]
+    assert not (out / "ppo").exists()
+
+
+def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
+    files: dict[str, str], language_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    recipe = {"data": {"preferences": files["train"], "truth_column": "jugde"}, "model": language_model("llama")}
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "train.jsonl:1: column 'jugde' must be 1, 0 or -1" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"world": None}, "either `world` .* or `data`"),
+        ({"data": {"preferences": "p.jsonl"}}, "either `world` .* or `data`"),
+        ({"world": None, "data": {"preferences": __file__}}, "`model: scratch` is for the small world"),
+        ({"sft": None}, "needs an `sft` section"),
+        ({"sft": {"data": "mine.jsonl"}}, "^sft: data is filled in"),
+        ({"model": "nowhere"}, "^model: nowhere: no such folder"),
+        ({"world": {"validation": 9000}}, r"^world.validation: must be at most 800, got 9000"),
+        ({"scorings": ["in-sample"]}, "^repair_from = out-of-fold must be one of scorings"),
+        ({"strength": {"members": 3}}, "^strength: members must be a multiple of folds, got 3 members and 2 folds"),
+        ({"strength": {"member": {"epochs": 2}}}, "^strength: member: no effect with backend = head"),
+        ({"strength": {"scoring": "in-sample"}}, "^strength: scoring is filled in"),
+        ({"scorings": ["in-sample"], "repair_from": "in-sample", "strength": {"folds": 2}}, "^strength: folds: no eff"),
+        ({"repair": {}}, "^repair: name at least one arm"),
+        ({"repair": {"a": {"recipe": "keep", "q": 0.1}}}, "^repair.a: recipe 'keep' does not read q"),
+        ({"repair": {"a": {"recipe": "flip", "q": 2}}}, "^repair.a.q: must be at most 1, got 2"),
+        ({"reward": {"epochz": 2}}, "^reward.epochz: no such setting"),
+        ({"reward": {"optim": {"lr": "fast"}}}, "^reward.optim.lr: must be a number, got 'fast'"),
+        ({"policy": {"ppo": {"steps": 0}}}, "^policy.ppo.steps: must be at least 1, got 0"),
+        ({"policy": {"baselines": {"kk": 0}}}, "^policy.baselines.kk: no such setting"),
+        ({"policy": {"evaluate": {"k": 0}}}, "^policy.evaluate.k: must be at least 1"),
+        ({"policy": {"arms": {"a": {"rm": "none"}}}}, r"^policy.arms.a.rm must be one of \['plain'\], got 'none'"),
+        ({"policy": {"arms": {"a": {"reward": "plain", "k": 2}}}}, "^policy.arms.a: k: no effect with reward = plain"),
+        ({"policy": {"arms": {"a": {"sampling": {"top_p": 0.9}}}}}, "^policy.arms.a: sampling.top_p"),
+        ({"policy": {"arms": {"a": {"gold": "x:y"}}}}, "^policy.arms.a: gold is filled in"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_before_the_first_stage(changes: dict[str, Any], said: str) -> None:
+    recipe = Recipe.model_validate({"world": {}, "sft": {}} | changes)
+    with pytest.raises(InputError, match=said):
+        check(recipe)
+
+
+def test_missing_files_and_a_missing_truth_are_refused_before_the_first_stage(
+    files: dict[str, str], language_model: Folders
+) -> None:
+    data: dict[str, Any] = {"preferences": files["train"]}
+    mine: dict[str, Any] = {"model": language_model("llama")}
+    check(Recipe.model_validate(mine | {"data": data}))
+    for name in ("preferences", "validation", "prompts", "eval_prompts"):
+        with pytest.raises(InputError, match=rf"^data.{name}: none.jsonl: no such file"):
+            check(Recipe.model_validate(mine | {"data": data | {name: "none.jsonl"}}))
+    with pytest.raises(InputError, match=r"^sft.data: is needed"):
+        check(Recipe.model_validate(mine | {"data": data, "sft": {}}))
+    with pytest.raises(InputError, match=r"^repair.o: oracle flip needs the truth"):
+        check(Recipe.model_validate(mine | {"data": data, "repair": {"o": {"recipe": "oracle flip"}}}))
