@@ -20,6 +20,7 @@ HELP = {
     "simulate": ["--out", "--preferences", "--noise.uniform", "--scorer"],
     "train sft": ["--data", "--tokenizer", "--scratch.width", "--optim.lr", "--save-every"],
     "train reward": ["--data", "--model", "--validation", "--optim.warmup", "--margin-in-flip", "--resume"],
+    "train metarm": ["--data", "--model", "--meta", "--eta", "--direction", "--optim.lr", "--resume"],
     "train ppo": [
         "--policy",
         "--reward-model",

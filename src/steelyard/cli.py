@@ -19,6 +19,7 @@ VERBS = {
     "train sft": "supervised fine-tuning",
     "train reward": "train a reward model on weighed preferences",
     "train ppo": "train a policy on plain or contrastive rewards",
+    "train metarm": "train a reward model that still tells a shifted policy's responses apart (MetaRM)",
     "strength": "measure preference strength by the vote of M reward models",
     "repair": "flip, soften, margin or drop: write the repaired preferences",
     "sample": "sample baseline responses offline and score them",

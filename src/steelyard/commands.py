@@ -33,6 +33,7 @@ from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
 from steelyard.stages import examine_model, prompts_that_fit, truth_column
 from steelyard.summary import describe_run, tables
+from steelyard.train.metarm import MetaRMConfig, train_metarm
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
@@ -314,6 +315,7 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "train sft": train(SFTConfig, train_sft, "train sft"),
     "train reward": train(RewardConfig, train_reward, "train reward"),
     "train ppo": train(PPOConfig, train_ppo, "train ppo"),
+    "train metarm": train(MetaRMConfig, train_metarm, "train metarm"),
     "strength": strength,
     "repair": repair_command,
     "sample": sample_command,
