@@ -224,6 +224,25 @@ def test_more_layers_than_there_are_is_refused(reward_model: Folders) -> None:
         freeze_below(RewardModel.load(reward_model("llama")), 3)
 
 
+def test_plain_training_knows_nothing_of_contrastive_learning(planted_reward: Path) -> None:
+    assert not any("train/contrastive_loss" in line for line in lines(planted_reward))
+    assert "contrastive" not in json.loads((planted_reward / "result.json").read_text())
+
+
+def test_dropout_that_a_model_brings_stays_off(planted: dict[str, str], tmp_path: Path) -> None:
+    """It would follow no seed, and examinations in between would turn it on."""
+    weights = []
+    for name, rate in (("with", 0.5), ("without", 0.0)):
+        start = tiny.build_model(tiny.build_config("gpt_neox", hidden_dropout=rate))
+        config = RewardConfig(
+            data=planted["held-out"], model=tiny.save_folder(start, tiny.build_tokenizer(), tmp_path / name),
+            validation={"own": planted["held-out"]}, batch_size=16, max_length=64, eval_every=1,
+        )  # fmt: skip
+        train_reward(config, tmp_path / f"rm-{name}", quiet=True)
+        weights.append(RewardModel.load(tmp_path / f"rm-{name}" / "model").state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
 def test_bfloat16_trains_float32_weights(language_model: Folders, planted: dict[str, str], tmp_path: Path) -> None:
     config = RewardConfig(
         data=planted["clean"], model=language_model("llama"), max_length=64, precision="bfloat16", epochs=4,

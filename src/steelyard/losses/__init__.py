@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steelyard.losses.contrastive import differences, pairs, simcse, sinkhorn, swav
 from steelyard.losses.policy import clipped_surrogate, entropy, kl_k1, kl_k3, masked_mean, value_loss
 from steelyard.losses.preference import accuracy, bradley_terry
 
@@ -9,9 +10,14 @@ __all__ = [
     "accuracy",
     "bradley_terry",
     "clipped_surrogate",
+    "differences",
     "entropy",
     "kl_k1",
     "kl_k3",
     "masked_mean",
+    "pairs",
+    "simcse",
+    "sinkhorn",
+    "swav",
     "value_loss",
 ]
