@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from steelyard.advantages import gae, group_mean, leave_one_out, whiten
+from steelyard.advantages import gae, group_mean, leave_one_out, over_greedy, per_token, whiten
 
 
 def ones(*shape: int) -> torch.Tensor:
@@ -143,3 +143,18 @@ def test_one_response_has_nothing_to_compare_with() -> None:
         leave_one_out(torch.ones(3, 1))
     with pytest.raises(ValueError, match="at least 2"):
         group_mean(torch.ones(3, 1), normalise=True)
+
+
+def test_over_greedy_by_hand() -> None:
+    got = over_greedy(torch.tensor([[4.0, 1.0], [0.0, -2.0]]), torch.tensor([3.0, -2.0]))
+    assert got.tolist() == [[1.0, -2.0], [2.0, 0.0]]
+    for greedy in (torch.ones(3), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match="greedy rewards must be"):
+            over_greedy(torch.ones(2, 2), greedy)
+
+
+def test_every_token_carries_its_responses_advantage() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert per_token(torch.tensor([2.0, -1.0]), mask).tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match="must be"):
+        per_token(torch.ones(3), mask)

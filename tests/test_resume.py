@@ -31,7 +31,13 @@ from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import ScratchConfig, SFTConfig, train_sft
 
-TRAIN: dict[str, Callable[..., Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+TRAIN: dict[str, Callable[..., Any]] = {
+    "sft": train_sft,
+    "reward": train_reward,
+    "ppo": train_ppo,
+    "ppo, rloo": train_ppo,
+    "ppo, remax, running std": train_ppo,
+}
 
 
 @contextmanager
@@ -129,6 +135,11 @@ def configs(
         ),
         tmp_path_factory.mktemp("baselines"),
     )  # fmt: skip
+    ppo: dict[str, Any] = {
+        "policy": language_model("llama"), "reward_model": reward_model("llama"), "prompts": planted["prompts"],
+        "steps": 7, "prompts_per_step": 8, "samples_per_prompt": 8, "max_length": 64, "sampling": sampling,
+        "actor": OptimConfig(lr=1e-3), "save_every": 2, "sample_every": 3, "gold": "tiny:count_good",
+    }  # fmt: skip
     return {
         # Word vectors shared by input and output are one tensor in memory and two names in the state.
         "sft": SFTConfig(
@@ -142,10 +153,11 @@ def configs(
             eval_every=4,
         ),
         "ppo": PPOConfig(
-            policy=language_model("llama"), reward_model=reward_model("llama"), prompts=planted["prompts"],
-            baselines=str(stored), steps=7, prompts_per_step=8, samples_per_prompt=8, minibatches=2, epochs=2,
-            critic_warmup=1, max_length=64, sampling=sampling, actor=OptimConfig(lr=1e-3),
-            critic=OptimConfig(lr=1e-3), save_every=2, sample_every=3, gold="tiny:count_good",
+            **ppo, baselines=str(stored), minibatches=2, epochs=2, critic_warmup=1, critic=OptimConfig(lr=1e-3)
+        ),
+        "ppo, rloo": PPOConfig(**ppo, baselines=str(stored), reward="par", advantage="rloo", epochs=2),
+        "ppo, remax, running std": PPOConfig(
+            **ppo, reward="plain", advantage="remax", scaling="std", scale_warmup=100, minibatches=2
         ),
     }  # fmt: skip
 
@@ -173,7 +185,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
     steps = [line for line in found["metrics.jsonl"].splitlines() if b"train/" in line or b"ppo/" in line]
-    assert len(steps) == {"sft": 3, "reward": 3, "ppo": 7}[stage]
+    assert len(steps) == (7 if stage.startswith("ppo") else 3)
 
 
 @pytest.mark.slow

@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from steelyard.rewards import RunningScale, ScaleMode, clip, contrastive, missing_eos, token_rewards
+from steelyard.rewards import (
+    Aggregate,
+    RunningScale,
+    RunningStd,
+    ScaleMode,
+    aggregate,
+    clip,
+    contrastive,
+    lsc,
+    missing_eos,
+    par,
+    percentile,
+    token_rewards,
+)
 
 
 def test_contrastive_by_hand() -> None:
@@ -21,8 +34,9 @@ def test_contrastive_by_hand() -> None:
 
 def test_contrastive_refuses_baselines_that_do_not_fit() -> None:
     for baselines in (torch.ones(2), torch.ones(3, 2), torch.ones(2, 0), torch.ones(1, 3)):
-        with pytest.raises(ValueError, match="baselines must be"):
-            contrastive(torch.ones(2), baselines)
+        for transform in (contrastive, par):
+            with pytest.raises(ValueError, match="baselines must be"):
+                transform(torch.ones(2), baselines)
 
 
 def test_a_prompts_own_offset_cancels() -> None:
@@ -60,6 +74,109 @@ def test_variance_falls_from_between_plus_within_to_within_times_one_plus_one_ov
     # The relative standard error of a variance is sqrt(2/n) = 0.0045; 5 of them.
     assert raw.var().item() == pytest.approx(tau**2 + s**2, rel=0.0225)
     assert contrastive(raw, base).var().item() == pytest.approx(s**2 * (1 + 1 / k), rel=0.0225)
+
+
+# Nonlinear transforms
+
+
+def test_par_by_hand() -> None:
+    # sigmoid(0) = 1/2; sigmoid(ln 3) = 3/4 and sigmoid(-ln 3) = 1/4; the mean of 1/2 and 3/4 is 5/8.
+    ln3 = math.log(3)
+    got = par(torch.tensor([2.0, ln3, 0.0]), torch.tensor([[2.0, 2.0], [0.0, ln3], [ln3, -ln3]]))
+    assert got.tolist() == pytest.approx([0.5, 0.625, 0.5], abs=1e-6)
+
+
+def test_lsc_by_hand() -> None:
+    # log(1/2), log(3/4), log(1/4).
+    ln3 = math.log(3)
+    got = lsc(torch.tensor([5.0, ln3, 1.0]), torch.tensor([5.0, 0.0, 1 + ln3]))
+    assert got.tolist() == pytest.approx([-math.log(2), math.log(0.75), -math.log(4)], abs=1e-6)
+    with pytest.raises(ValueError, match="pair up"):
+        lsc(torch.ones(2), torch.ones(1))
+
+
+def test_par_and_lsc_against_float64() -> None:
+    rng = np.random.default_rng(4)
+    rewards, baselines = rng.normal(scale=4, size=50), rng.normal(scale=4, size=(50, 3))
+    mine = par(torch.from_numpy(rewards), torch.from_numpy(baselines)).numpy()
+    theirs = [np.mean([1 / (1 + math.exp(b - r)) for b in row]) for r, row in zip(rewards, baselines, strict=True)]
+    np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    mine = lsc(torch.from_numpy(rewards), torch.from_numpy(baselines[:, 0])).numpy()
+    theirs = [-math.log1p(math.exp(b - r)) for r, b in zip(rewards, baselines[:, 0], strict=True)]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_par_and_lsc_rise_with_the_reward_and_keep_their_bounds() -> None:
+    rewards = torch.linspace(-6, 6, 101)
+    bounded, below = par(rewards, torch.tensor([[-1.0, 2.0]]).expand(101, 2)), lsc(rewards, torch.ones(101))
+    for got in (bounded, below):
+        assert (got.diff() > 0).all()
+    assert (bounded > 0).all()
+    assert (bounded < 1).all()
+    assert (below < 0).all()
+
+
+def test_huge_differences_neither_overflow_nor_lose_the_gradient() -> None:
+    rewards = torch.tensor([-1e4, 1e4], requires_grad=True)
+    got = lsc(rewards, torch.zeros(2))
+    assert got.tolist() == [-1e4, 0.0]
+    got.sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == [1.0, 0.0]
+    assert par(rewards.detach(), torch.zeros(2, 1)).tolist() == [0.0, 1.0]
+
+
+def test_a_nonlinear_transform_can_turn_two_policies_round_and_contrastive_cannot() -> None:
+    # One prompt, baseline 0. Policy a earns 1 always; b earns 12 one time in ten, else 0: means 1 and 1.2.
+    a, b = torch.ones(10), torch.tensor([12.0] + [0.0] * 9)
+    base = torch.zeros(10, 1)
+    assert contrastive(a, base).mean() < contrastive(b, base).mean()
+    assert par(a, base).mean() > par(b, base).mean()
+    assert lsc(a, base[:, 0]).mean() > lsc(b, base[:, 0]).mean()
+
+
+def test_percentile_by_hand() -> None:
+    baselines = torch.tensor([[3.0, 1.0, 2.0], [6.0, 4.0, 5.0]])
+    # Ranks 0, 1, 2: the 75th percentile stands at rank 1.5. Pooled: ranks 0 to 5, rank 3.75.
+    assert percentile(baselines, 75).tolist() == [2.5, 5.5]
+    assert percentile(baselines, 100).tolist() == [3.0, 6.0]
+    assert percentile(baselines, 75, pooled=True).tolist() == [4.75, 4.75]
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        percentile(baselines, 101)
+    with pytest.raises(ValueError, match="baselines must be"):
+        percentile(torch.ones(3), 50)
+
+
+# Ensembles
+
+
+def test_aggregates_by_hand() -> None:
+    # (1, 0, 5) has mean 2, minimum 0, and deviations -1, -2, 3.
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]])
+    variance = (1 + 4 + 9) / 3
+    expected: dict[Aggregate, list[float]] = {
+        "mean": [2.0, 0.0], "worst": [0.0, 0.0], "uncertainty-weighted": [2 - 0.3 * variance, 0.0],
+    }  # fmt: skip
+    for how, numbers in expected.items():
+        assert aggregate(rewards, how, uncertainty_weight=0.3).tolist() == pytest.approx(numbers, abs=1e-6)
+    grid = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert aggregate(grid, "worst").shape == (2, 3)
+
+
+def test_one_model_is_its_own_ensemble() -> None:
+    rewards = torch.tensor([[0.5, -2.0]])
+    for how in ("mean", "worst", "uncertainty-weighted"):
+        assert torch.equal(aggregate(rewards, how), rewards[0])
+
+
+def test_aggregates_refuse_what_has_no_meaning() -> None:
+    for bad, match in (
+        ({"how": "best"}, "how must be"),
+        ({"how": "mean", "uncertainty_weight": -1.0}, "uncertainty_weight"),
+        ({"how": "mean", "rewards_MB": torch.ones(0, 2)}, "M >= 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            aggregate(**({"rewards_MB": torch.ones(2, 2)} | bad))
 
 
 # Scaling
@@ -156,6 +273,53 @@ def test_bad_values_never_reach_the_running_means() -> None:
     for bad in ({"mode": "ratio"}, {"floor": 0.0}, {"floor": math.inf}, {"warmup": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RunningScale(**bad)
+
+
+def test_running_std_by_hand() -> None:
+    # (1, 3) then (5, 7): mean 4, squared deviations 9 + 1 + 1 + 9, population variance 5.
+    scale = RunningStd(warmup=3)
+    scale.update(torch.tensor([1.0, 3.0]))
+    assert scale.factor == 1.0, "two examples are fewer than the warm-up's three"
+    scale.update(torch.tensor([5.0, 7.0]))
+    assert scale.factor == pytest.approx(1 / math.sqrt(5), rel=1e-15)
+    assert scale.state_dict() == {"count": 4.0, "mean": 4.0, "squares": 20.0}
+
+
+def test_running_std_is_that_of_all_rewards_and_keeps_its_digits_far_from_zero() -> None:
+    rewards = 1e6 + np.random.default_rng(0).normal(size=600)
+    scale = RunningStd(warmup=1)
+    for low, high in ((0, 1), (1, 250), (250, 250), (250, 600)):
+        scale.update(torch.from_numpy(rewards[low:high]))
+    assert 1 / scale.factor == pytest.approx(np.std(rewards), rel=1e-8)
+
+
+def test_running_std_has_a_floor_and_refuses_what_would_spoil_it() -> None:
+    scale = RunningStd(floor=0.25, warmup=1)
+    scale.update(torch.ones(3))
+    assert scale.factor == 4.0
+    with pytest.raises(ValueError, match="finite"):
+        scale.update(torch.tensor([1.0, math.inf]))
+    assert scale.state_dict()["count"] == 3
+    for state in ({"count": 1.0}, {**scale.state_dict(), "mean": math.nan}):
+        with pytest.raises(ValueError, match="the state must hold"):
+            scale.load_state_dict(state)
+    for bad in ({"floor": 0.0}, {"warmup": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            RunningStd(**bad)
+
+
+def test_a_restored_running_std_continues_bit_for_bit() -> None:
+    batches = torch.from_numpy(np.random.default_rng(3).normal(size=(6, 7)))
+    straight, first, resumed = (RunningStd(warmup=1) for _ in range(3))
+    for batch in batches:
+        straight.update(batch)
+    for batch in batches[:3]:
+        first.update(batch)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for batch in batches[3:]:
+        resumed.update(batch)
+    assert resumed.state_dict() == straight.state_dict()
+    assert resumed.factor == straight.factor != 1.0
 
 
 # Shaping

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tiny
 from conftest import Folders
+from steelyard import rollout
 from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.errors import InputError
 from steelyard.models.policy import PolicyModel
@@ -75,7 +76,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
         kept.gradients.append([None if p.grad is None else p.grad.clone() for p in every])
         return clip(every, norm)
 
-    monkeypatch.setattr(ppo, "sample", watch_sample)
+    monkeypatch.setattr(rollout, "sample", watch_sample)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch_clip)
     return kept
 
@@ -176,7 +177,7 @@ def test_a_step_is_that_of_a_plain_float64_reference(
     assert record.drawn[1] == drawn
     baseline = None
     if shape != "plain":
-        kept = read_baselines(stored, k=config.k, policy=config.policy, reward_model=config.reward_model)
+        kept = read_baselines(stored, k=config.k, policy=config.policy, reward_model=base["reward_model"])
         baseline = [kept[" ".join(tiny.VOCABULARY[i] for i in p)].tolist() for p in prompts]
     metrics, actor, critic = reference(config, prompts, drawn, baseline)
     for run in range(2):
@@ -200,12 +201,12 @@ class LikesGood(torch.nn.Module):
         return said.sum(-1).float()
 
 
-class Planted(ppo.Models):
+class Planted(rollout.Models):
     """PPO's models with a reward that cannot be gamed."""
 
     def __init__(self, config: PPOConfig) -> None:
         super().__init__(config)
-        self.reward = LikesGood()  # type: ignore[assignment]
+        self.reward = LikesGood()
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 5.0])
@@ -328,6 +329,6 @@ class TestRefusals:
     def test_a_reward_that_diverges_stops_with_advice(
         self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ppo.Models, "normal", lambda self, raw: raw * float("nan"))
+        monkeypatch.setattr(rollout.Models, "normal", lambda self, raw: raw * float("nan"))
         with pytest.raises(FloatingPointError, match=r"step 1: .* not finite; lower actor\.lr"):
             train_ppo(PPOConfig.model_validate(base | {"reward": "plain"}), tmp_path / "out", quiet=True)

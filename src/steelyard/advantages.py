@@ -111,3 +111,34 @@ def group_mean(rewards_BK: Float[Tensor, "B K"], *, normalise: bool) -> Float[Te
     variance, mean = torch.var_mean(rewards_BK.float(), dim=-1, correction=0, keepdim=True)
     centred = rewards_BK.float() - mean
     return centred * torch.rsqrt(variance + VARIANCE_FLOOR) if normalise else centred
+
+
+@torch.no_grad()
+def over_greedy(rewards_BK: Float[Tensor, "B K"], greedy_B: Float[Tensor, "B"]) -> Float[Tensor, "B K"]:
+    """ReMax (arXiv 2310.10505): each reward minus that of the greedy response to the same prompt.
+
+        A_k = r_k - r(x, y_greedy)
+
+    The greedy response depends on the prompt and the policy alone, not on what was sampled: the expected gradient is
+    that of the plain rewards.
+
+    Raises:
+        ValueError: not one greedy reward a prompt.
+    """
+    if rewards_BK.shape[:-1] != greedy_B.shape:
+        shapes = f"{tuple(rewards_BK.shape)} and {tuple(greedy_B.shape)}"
+        raise ValueError(f"rewards and greedy rewards must be (B, K) and (B,), got {shapes}")
+    return rewards_BK.float() - greedy_B.float().unsqueeze(-1)
+
+
+@torch.no_grad()
+def per_token(advantages_B: Float[Tensor, "B"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Every real token of a response carries the response's advantage; 0 at padding.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if mask_BT.shape[:1] != advantages_B.shape:
+        shapes = f"{tuple(advantages_B.shape)} and {tuple(mask_BT.shape)}"
+        raise ValueError(f"advantages and mask must be (B,) and (B, T), got {shapes}")
+    return torch.where(mask_BT.bool(), advantages_B.float().unsqueeze(1), 0.0)

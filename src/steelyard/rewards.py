@@ -5,6 +5,9 @@ score of baseline responses that the SFT model gave beforehand. What that does, 
 baseline that depends on the prompt alone leaves the *expected* policy gradient as it is. It removes a prompt's
 own offset, so batches vary less (from tau^2 + s^2 to s^2 (1 + 1/k) at the start, tau^2 being the variance
 between prompts and s^2 within), and normalisation, clipping and the critic see a cleaner signal.
+
+PAR and LSC bend the difference to those baselines instead: they change which policy is best, on purpose. Rewards of
+several models are aggregated before any of this.
 """
 
 from __future__ import annotations
@@ -16,8 +19,40 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 ScaleMode = Literal["none", "abs", "signed"]
+Aggregate = Literal["mean", "worst", "uncertainty-weighted"]
+
+
+def aggregate(
+    rewards_MB: Float[Tensor, "M *B"], how: Aggregate, *, uncertainty_weight: float = 0.5
+) -> Float[Tensor, "*B"]:
+    """One reward from those of M models (arXiv 2310.02743), example by example.
+
+        mean:                  1/M sum_m r_m
+        worst:                 min_m r_m
+        uncertainty-weighted:  mean_m r_m - uncertainty_weight * var_m r_m   (population variance)
+
+    What it changes: the mean is one more linear reward. The other two pay less where the models disagree, which
+    is not linear in any of them and changes which policy is best. The models must be on one scale: normalise first.
+
+    Raises:
+        ValueError: no model, an unknown `how`, or a negative weight (it would pay for disagreement).
+    """
+    if rewards_MB.ndim == 0 or len(rewards_MB) == 0:
+        raise ValueError(f"rewards must be (M, ...) with M >= 1 models, got shape {tuple(rewards_MB.shape)}")
+    if not 0 <= uncertainty_weight < math.inf:
+        raise ValueError(f"uncertainty_weight must be finite and >= 0, got {uncertainty_weight}")
+    rewards_MB = rewards_MB.float()
+    if how == "mean":
+        return rewards_MB.mean(0)
+    if how == "worst":
+        return rewards_MB.amin(0)
+    if how == "uncertainty-weighted":
+        variance, mean = torch.var_mean(rewards_MB, dim=0, correction=0)
+        return mean - uncertainty_weight * variance
+    raise ValueError(f"how must be 'mean', 'worst' or 'uncertainty-weighted', got {how!r}")
 
 
 def contrastive(rewards_B: Float[Tensor, "B"], baselines_BK: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
@@ -30,12 +65,70 @@ def contrastive(rewards_B: Float[Tensor, "B"], baselines_BK: Float[Tensor, "B K"
     Raises:
         ValueError: the baselines are not (B, K) with K >= 1.
     """
+    _require_baselines(rewards_B, baselines_BK)
+    return rewards_B.float() - baselines_BK.float().mean(-1)
+
+
+def par(rewards_B: Float[Tensor, "B"], baselines_BK: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
+    """Preference as reward (arXiv 2502.18770): r_RL = 1/K sum_j sigmoid(r(x, y) - r(x, y_base_j)).
+
+    In [0, 1] and rising in r. On the reward model's raw scale it is the mean probability, by Bradley-Terry, that the
+    response is preferred to a baseline; on another scale the sigmoid is steeper or flatter.
+
+    What it changes: not linear, so it changes which policy is best. Well above the baselines more reward hardly
+    pays, and, unlike LSC, well below them too: the gradient vanishes on both sides.
+
+    Args and errors are those of `contrastive`.
+    """
+    _require_baselines(rewards_B, baselines_BK)
+    return torch.sigmoid(rewards_B.float().unsqueeze(1) - baselines_BK.float()).mean(-1)
+
+
+def lsc(rewards_B: Float[Tensor, "B"], reference_B: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Log-sigmoid-centred reward (arXiv 2402.00742): r_RL = log sigmoid(r(x, y) - r_ref(x)).
+
+    At most 0 and rising in r: about r - r_ref well below the reference, about 0 well above it. Computed as
+    `logsigmoid`, which neither under- nor overflows.
+
+    What it changes: not linear, so it changes which policy is best. Responses above the reference earn hardly more,
+    so what can still be gained lies in poor ones.
+
+    Args:
+        rewards_B: scores of the policy's responses.
+        reference_B: each prompt's reference score, from `percentile`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if rewards_B.shape != reference_B.shape:
+        shapes = f"{tuple(rewards_B.shape)} and {tuple(reference_B.shape)}"
+        raise ValueError(f"rewards and references must pair up, got shapes {shapes}")
+    return F.logsigmoid(rewards_B.float() - reference_B.float())
+
+
+def percentile(baselines_BK: Float[Tensor, "B K"], q: float, *, pooled: bool = False) -> Float[Tensor, "B"]:
+    """The q-th percentile (0 to 100) of each prompt's baseline scores, or of all prompts' together if `pooled`.
+
+    Between two scores it is interpolated. With few baselines a prompt, a high percentile is about their maximum.
+
+    Raises:
+        ValueError: q is out of range, or there is no baseline.
+    """
+    if not 0 <= q <= 100:
+        raise ValueError(f"a percentile is between 0 and 100, got {q}")
+    if baselines_BK.ndim != 2 or baselines_BK.numel() == 0:
+        raise ValueError(f"baselines must be (B, K) with B, K >= 1, got {tuple(baselines_BK.shape)}")
+    if pooled:
+        return torch.quantile(baselines_BK.float().flatten(), q / 100).expand(len(baselines_BK))
+    return torch.quantile(baselines_BK.float(), q / 100, dim=-1)
+
+
+def _require_baselines(rewards_B: Tensor, baselines_BK: Tensor) -> None:
     if baselines_BK.ndim != 2 or baselines_BK.shape[:1] != rewards_B.shape or baselines_BK.shape[1] == 0:
         raise ValueError(
             f"baselines must be (B, K) with K >= 1 for rewards of shape (B,), "
             f"got {tuple(baselines_BK.shape)} for {tuple(rewards_B.shape)}"
         )
-    return rewards_B.float() - baselines_BK.float().mean(-1)
 
 
 class RunningScale:
@@ -64,10 +157,7 @@ class RunningScale:
         """
         if mode not in ("none", "abs", "signed"):
             raise ValueError(f"mode must be 'none', 'abs' or 'signed', got {mode!r}")
-        if not 0 < floor < math.inf:
-            raise ValueError(f"floor must be finite and > 0, got {floor}")
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1 example, got {warmup}")
+        _require_bounds(floor, warmup)
         self.mode = mode
         self.floor = floor
         self.warmup = warmup
@@ -112,9 +202,82 @@ class RunningScale:
         Raises:
             ValueError: a name is missing or unknown, or a value is not finite.
         """
-        if state.keys() != self._sums.keys() or not all(math.isfinite(v) for v in state.values()):
-            raise ValueError(f"the state must hold finite {sorted(self._sums)}, got {dict(state)}")
-        self._sums = {name: float(state[name]) for name in self._sums}
+        self._sums = _checked_state(state, self._sums)
+
+
+class RunningStd:
+    """The factor 1 / max(std, floor), with the std of every reward seen so far (population form).
+
+    Only divides: the mean stays, so zero reward stays zero. Until `warmup` examples have been seen the factor is 1.
+
+    What it changes: nothing about which response earns more; but the factor multiplies the reward and not the
+    KL penalty, so it shifts the balance between the two, and it moves during the run.
+
+    Mean and squared deviations are merged batch by batch in float64 (Chan et al.'s formula): a large mean costs no
+    digits, and a restored state continues bit for bit.
+    """
+
+    def __init__(self, *, floor: float = 1e-2, warmup: int = 256) -> None:
+        """`floor` (> 0, units of reward) bounds the divisor; `warmup` counts examples, not batches.
+
+        Raises:
+            ValueError: a bound that does not hold.
+        """
+        _require_bounds(floor, warmup)
+        self.floor = floor
+        self.warmup = warmup
+        self._moments = {"count": 0.0, "mean": 0.0, "squares": 0.0}
+
+    def update(self, rewards_B: Float[Tensor, "B"]) -> None:
+        """Take one batch in.
+
+        Raises:
+            ValueError: a reward is not finite (it would spoil the std for good).
+        """
+        if rewards_B.numel() == 0:
+            return
+        variance, mean = torch.var_mean(rewards_B.double(), correction=0)
+        batch = {"count": float(rewards_B.numel()), "mean": mean.item(), "squares": variance.item() * rewards_B.numel()}
+        if not all(map(math.isfinite, batch.values())):
+            raise ValueError("rewards must be finite, got NaN or infinity; look at the reward model's scores")
+        old, total = self._moments, self._moments["count"] + batch["count"]
+        shift = batch["mean"] - old["mean"]
+        self._moments = {
+            "count": total,
+            "mean": old["mean"] + shift * batch["count"] / total,
+            "squares": old["squares"] + batch["squares"] + shift**2 * old["count"] * batch["count"] / total,
+        }
+
+    @property
+    def factor(self) -> float:
+        """1 / max(std, floor), from all batches so far."""
+        m = self._moments
+        return 1.0 if m["count"] < self.warmup else 1 / max(math.sqrt(m["squares"] / m["count"]), self.floor)
+
+    def state_dict(self) -> dict[str, float]:
+        """The moments, as plain floats: JSON keeps them bit for bit."""
+        return dict(self._moments)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from `state_dict()`. Floor and warm-up are configuration and stay as constructed.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a value is not finite.
+        """
+        self._moments = _checked_state(state, self._moments)
+
+
+def _require_bounds(floor: float, warmup: int) -> None:
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor must be finite and > 0, got {floor}")
+    if warmup < 1:
+        raise ValueError(f"warmup must be at least 1 example, got {warmup}")
+
+
+def _checked_state(state: Mapping[str, float], like: Mapping[str, float]) -> dict[str, float]:
+    if state.keys() != like.keys() or not all(math.isfinite(v) for v in state.values()):
+        raise ValueError(f"the state must hold finite {sorted(like)}, got {dict(state)}")
+    return {name: float(state[name]) for name in like}
 
 
 def clip(rewards: Float[Tensor, "*B"], limit: float) -> Float[Tensor, "*B"]:

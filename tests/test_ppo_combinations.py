@@ -1,0 +1,382 @@
+"""PPO with every reward and every advantage: what each is paid, what is refused and why, and when a run stops."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from torch import Tensor
+
+import tiny
+from conftest import Folders
+from steelyard import rollout
+from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
+from steelyard.data.encode import Tree
+from steelyard.errors import InputError
+from steelyard.models.reward import RewardModel
+from steelyard.rollout import Rollouts
+from steelyard.sampling import Sample, SamplingConfig, sample
+from steelyard.settings import parse
+from steelyard.train import ppo
+from steelyard.train.optim import OptimConfig
+from steelyard.train.ppo import PPOConfig, train_ppo
+
+OF_THE_CRITIC = {"ppo/value_loss", "ppo/value_mean", "ppo/explained_variance"}
+
+
+@pytest.fixture(scope="module")
+def stored(
+    language_model: Folders, reward_model: Folders, planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Baselines of every prompt, k = 3."""
+    config = BaselineConfig(
+        policy=language_model("llama"), reward_model=reward_model("llama"), prompts=planted["prompts"], max_length=64,
+        sampling=SamplingConfig(max_new_tokens=5),
+    )  # fmt: skip
+    return str(sample_baselines(config, tmp_path_factory.mktemp("baselines")))
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> str:
+    """Another reward model, on a scale of its own."""
+    config = tiny.build_config()
+    config.steelyard_reward = [-2.0, 0.5]
+    folder = tmp_path_factory.mktemp("second")
+    return tiny.save_folder(tiny.build_model(config, seed=7, head=True), tiny.build_tokenizer(), folder)
+
+
+@pytest.fixture
+def base(language_model: Folders, reward_model: Folders, planted: dict[str, str]) -> dict[str, Any]:
+    return {
+        "policy": language_model("llama"), "reward_model": reward_model("llama"), "prompts": planted["prompts"],
+        "steps": 2, "prompts_per_step": 4, "samples_per_prompt": 3, "max_length": 64, "kl_coef": 0.3,
+        "sampling": SamplingConfig(max_new_tokens=5, temperature=0.8), "actor": OptimConfig(lr=5e-3, decay=False),
+    }  # fmt: skip
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class Watch:
+    """What a run drew, was paid and learned from, step by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.draws: list[tuple[list[tuple[int, ...]], list[list[Sample]]]] = []
+        self.paid: list[tuple[Rollouts, Tensor]] = []
+        self.updates: list[tuple[Rollouts, Tensor]] = []
+        self.gradients: list[list[Tensor]] = []
+        shape, update, clip = rollout.shape_rewards, ppo.update, torch.nn.utils.clip_grad_norm_
+
+        def watch_sample(policy: Any, prompts: Any, keys: Any, **options: Any) -> Any:
+            self.draws.append((list(prompts), sample(policy, prompts, keys, **options)))
+            return self.draws[-1][1]
+
+        def watch_shape(rollouts: Rollouts, *rest: Any, **options: Any) -> Tensor:
+            self.paid.append((rollouts, shape(rollouts, *rest, **options)))
+            return self.paid[-1][1]
+
+        def watch_update(learner: Any, rollouts: Rollouts, advantages: Tensor, *rest: Any) -> Any:
+            self.updates.append((rollouts, advantages))
+            return update(learner, rollouts, advantages, *rest)
+
+        def watch_clip(parameters: Any, norm: float) -> Tensor:
+            every = list(parameters)
+            self.gradients.append([p.grad.clone() for p in every])
+            return clip(every, norm)
+
+        monkeypatch.setattr(rollout, "sample", watch_sample)
+        monkeypatch.setattr(rollout, "shape_rewards", watch_shape)
+        monkeypatch.setattr(ppo, "update", watch_update)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch_clip)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+REWARDS: dict[str, dict[str, Any]] = {
+    "plain": {"reward": "plain"},
+    "contrastive": {"reward": "contrastive", "k": 2},
+    "par": {"reward": "par"},
+    "lsc": {"reward": "lsc", "lsc_percentile": 50},
+    "lsc, all": {"reward": "lsc", "lsc_reference": "all"},
+    "ensemble": {"reward": "plain", "aggregate": "worst"},
+}
+ADVANTAGES: dict[str, dict[str, Any]] = {
+    "gae": {"advantage": "gae", "critic": OptimConfig(lr=1e-3)},
+    "rloo": {"advantage": "rloo"},
+    "group": {"advantage": "group", "group_std": False},
+    "remax": {"advantage": "remax"},
+    "remax, one sample": {"advantage": "remax", "samples_per_prompt": 1},
+}
+ALLOWED = [
+    (reward, advantage, scaled)
+    for reward, advantage, scaled in itertools.product(REWARDS, ADVANTAGES, (False, True))
+    if reward != "contrastive" or advantage == "gae"
+]
+
+
+def settings(base: dict[str, Any], reward: str, stored: str, second: str) -> dict[str, Any]:
+    if reward == "ensemble":
+        return base | REWARDS[reward] | {"reward_model": (base["reward_model"], second)}
+    return base | REWARDS[reward] | ({} if reward == "plain" else {"baselines": stored})
+
+
+@pytest.mark.parametrize(("reward", "advantage", "scaled"), ALLOWED)
+def test_every_allowed_combination_runs(
+    reward: str, advantage: str, scaled: bool, base: dict[str, Any], stored: str, second: str, tmp_path: Path
+) -> None:
+    scaling = {"scaling": "std", "scale_warmup": 4} if scaled else {}
+    config = PPOConfig.model_validate(settings(base, reward, stored, second) | ADVANTAGES[advantage] | scaling)
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    first, last = lines(tmp_path / "ppo")
+    assert first["ppo/kl"] == 0 < abs(last["ppo/kl"])
+    assert first["ppo/advantage_std"] > 0
+    assert OF_THE_CRITIC & set(last) == (OF_THE_CRITIC if advantage == "gae" else set())
+    if reward == "par":
+        assert 0 < first["ppo/reward_shaped"] < first["ppo/scale"]
+    if reward.startswith("lsc"):
+        assert first["ppo/reward_shaped"] < 0
+    names = (tmp_path / "ppo" / "model").iterdir()
+    assert "model.safetensors" in {path.name for path in names}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one response and rloo": ({"advantage": "rloo", "samples_per_prompt": 1}, "rloo compares the responses .* got 1"),
+    "one response and group": ({"advantage": "group", "samples_per_prompt": 1}, "group compares the responses"),
+    **{
+        f"contrastive and {name}": (
+            {"reward": "contrastive", "advantage": name, "baselines": "b"},
+            f"advantage = {name} with reward = contrastive: the baseline cancels",
+        )
+        for name in ("rloo", "group", "remax")
+    },
+    "par without baselines": ({"reward": "par"}, "par rewards need a scored baseline file"),
+    "lsc without baselines": ({"reward": "lsc"}, "lsc rewards need a scored baseline file"),
+    "critic options": (
+        {"advantage": "rloo", "critic": OptimConfig(lr=1e-3), "lam": 0.9, "gamma": 0.9, "value_clip": 0.1},
+        "critic, gamma, lam, value_clip: no effect with advantage = rloo, which has no critic",
+    ),
+    "critic warm-up": ({"advantage": "remax", "critic_warmup": 1}, "critic_warmup: no effect with advantage = remax"),
+    "a group's std": ({"advantage": "rloo", "group_std": False}, "group_std: no effect with advantage = rloo"),
+    "scaling of par": ({"reward": "par", "baselines": "b", "scaling": "abs"}, "scaling: no effect with reward = par"),
+    "warm-up of no scaling": ({"reward": "lsc", "baselines": "b", "scale_warmup": 5}, "scale_warmup: no effect"),
+    "k of plain": ({"k": 2, "scaling": "std"}, "k: no effect with reward = plain"),
+    "percentile of par": ({"reward": "par", "baselines": "b", "lsc_percentile": 9}, "lsc_percentile: no effect with"),
+    "aggregate of one": ({"aggregate": "worst"}, "aggregate: no effect with one reward model"),
+    "weight of the mean": (
+        {"reward_model": ("a", "b"), "uncertainty_weight": 1.0}, "uncertainty_weight: no effect with aggregate = mean"
+    ),
+    "ensemble and baselines": (
+        {"reward_model": ("a", "b"), "reward": "par", "baselines": "b"},
+        "several reward models need reward = plain, got par",
+    ),
+    "no reward model": ({"reward_model": ()}, "must name one or several different folders"),
+    "one reward model twice": ({"reward_model": ("a", "a")}, "must name one or several different folders"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_with_its_reason(name: str, base: dict[str, Any], tmp_path: Path) -> None:
+    changes, reason = REFUSED[name]
+    with pytest.raises(InputError, match=reason):
+        train_ppo(PPOConfig.model_validate(base | {"reward": "plain"} | changes), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def totals(rollouts: Rollouts, paid: Tensor, kl_coef: float) -> np.ndarray:
+    """Eq. 3 by response: what is paid less the KL of its tokens."""
+    kl, mask = rollouts.kl_NKT.double().numpy(), rollouts.mask_NKT.numpy()
+    return paid.double().numpy() - kl_coef * np.where(mask, kl, 0).sum(-1)
+
+
+def rloo(rewards: np.ndarray) -> np.ndarray:
+    return np.array([[r - np.mean(np.delete(row, k)) for k, r in enumerate(row)] for row in rewards])
+
+
+def group(rewards: np.ndarray) -> np.ndarray:
+    return np.array([(row - np.mean(row)) / np.std(row) for row in rewards])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("rloo", rloo), ("group", group)])
+def test_advantages_in_a_step_are_those_of_numpy(
+    name: str, expected: Callable[[np.ndarray], np.ndarray], base: dict[str, Any], watch: Watch, tmp_path: Path
+) -> None:
+    config = PPOConfig.model_validate(base | {"reward": "plain", "advantage": name})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    for (rollouts, advantages), (_, paid) in zip(watch.updates, watch.paid, strict=True):
+        raw = rollouts.rewards_NK.double().numpy()
+        np.testing.assert_allclose(paid.numpy(), (raw - 0.3) / 1.7, atol=1e-5)
+        per_response = expected(totals(rollouts, paid, 0.3))
+        mask = rollouts.mask_NKT.numpy()
+        theirs = np.where(mask, per_response[:, :, None], 0).reshape(-1, mask.shape[-1])
+        np.testing.assert_allclose(advantages.numpy(), theirs, rtol=1e-4, atol=1e-4)
+    assert watch.updates[1][0].kl_NKT.abs().max() > 0.01, "the second step's KL is part of what is compared"
+
+
+def test_the_gradient_of_rloo_is_that_of_transformers_in_float64(
+    base: dict[str, Any], watch: Watch, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = PPOConfig.model_validate(base | {"reward": "plain", "advantage": "rloo", "steps": 1, "max_tokens": 32})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    (prompts, drawn), (rollouts, paid) = watch.draws[0], watch.paid[0]
+    advantages = rloo(totals(rollouts, paid, 0.3))
+    policy: Any = AutoModelForCausalLM.from_pretrained(config.policy).double()
+    loss, tokens = torch.zeros((), dtype=torch.float64), 0
+    for prompt, responses, row in zip(prompts, drawn, advantages, strict=True):
+        for s, advantage in zip(responses, row, strict=True):
+            logits = policy(input_ids=torch.tensor([prompt + s.tokens])).logits[0, len(prompt) - 1 : -1]
+            chosen = torch.log_softmax(logits / 0.8, -1)[torch.arange(len(s.tokens)), torch.tensor(s.tokens)]
+            loss, tokens = loss - float(advantage) * chosen.sum(), tokens + len(s.tokens)
+    (loss / tokens).backward()
+    assert len(watch.gradients) == 1, "there is no critic to train"
+    for mine, theirs in zip(watch.gradients[0], policy.parameters(), strict=True):
+        assert float((mine - theirs.grad).abs().max()) < 1e-3 * float(theirs.grad.abs().max()) + 1e-5
+
+
+def test_remax_takes_the_greedy_responses_reward(base: dict[str, Any], watch: Watch, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = PPOConfig.model_validate(base | {"reward": "plain", "advantage": "remax"})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    # The first step's policy is the SFT model: its most probable tokens, one by one.
+    policy: Any = AutoModelForCausalLM.from_pretrained(config.policy)
+    (prompts, drawn), (asked, greedy) = watch.draws[:2]
+    assert asked == prompts
+    assert [len(responses) for responses in drawn] == [3] * 4
+    for prompt, (response,) in zip(prompts, greedy, strict=True):
+        said: tuple[int, ...] = ()
+        while len(said) < 5 and tiny.EOS not in said:
+            said += (int(policy(input_ids=torch.tensor([prompt + said])).logits[0, -1].argmax()),)
+        assert response.tokens == said
+    assert len(watch.paid) == 4
+    for step, (rollouts, advantages) in enumerate(watch.updates):
+        (sampled, paid), (baseline, alone) = watch.paid[2 * step : 2 * step + 2]
+        assert sampled is rollouts
+        theirs = totals(sampled, paid, 0.3) - totals(baseline, alone, 0.3)
+        np.testing.assert_allclose(advantages.view_as(rollouts.kl_NKT)[:, :, 0].numpy(), theirs, atol=1e-4)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("reward", ["par", "lsc", "lsc, all"])
+def test_par_and_lsc_are_paid_against_the_stored_baselines(
+    reward: str, base: dict[str, Any], stored: str, watch: Watch, tmp_path: Path
+) -> None:
+    config = PPOConfig.model_validate(settings(base, reward, stored, "") | {"steps": 1, "reward_clip": 2.0})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    kept = read_baselines(stored, k=None, policy=config.policy, reward_model=base["reward_model"])
+    (rollouts, paid), prompts = watch.paid[0], watch.draws[0][0]
+    for n, prompt in enumerate(prompts):
+        ours = np.float64(kept[" ".join(tiny.VOCABULARY[i] for i in prompt)])
+        every = np.concatenate(list(kept.values())).astype(float)
+        for raw, got in zip(rollouts.rewards_NK[n].tolist(), paid[n].tolist(), strict=True):
+            expected = {
+                "par": np.mean(sigmoid((raw - ours) / 1.7)),
+                "lsc": math.log(sigmoid((raw - np.median(ours)) / 1.7)),
+                "lsc, all": math.log(sigmoid((raw - np.percentile(every, 85)) / 1.7)),
+            }[reward]
+            assert got == pytest.approx(max(expected, -2.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["mean", "worst", "uncertainty-weighted"])
+def test_an_ensemble_aggregates_normalised_scores(
+    how: str, base: dict[str, Any], second: str, watch: Watch, tmp_path: Path
+) -> None:
+    weight = {"uncertainty_weight": 2.0} if how == "uncertainty-weighted" else {}
+    folders = (base["reward_model"], second)
+    config = PPOConfig.model_validate(
+        base | {"reward": "plain", "reward_model": folders, "aggregate": how, "steps": 1} | weight
+    )
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    prompts, drawn = watch.draws[0]
+    trees = [Tree(p, tuple(s.tokens for s in row)) for p, row in zip(prompts, drawn, strict=True)]
+    first, other = (RewardModel.load(f).score(trees, pad_id=tiny.PAD).astype(float) for f in folders)
+    a, b = (first - 0.3) / 1.7, (other + 2.0) / 0.5
+    # The population variance of two numbers is a quarter of their squared difference.
+    expected = {"mean": (a + b) / 2, "worst": np.minimum(a, b), "uncertainty-weighted": (a + b - (a - b) ** 2) / 2}[how]
+    np.testing.assert_allclose(watch.paid[0][1].numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert lines(tmp_path / "ppo")[0]["ppo/reward_raw"] == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_running_std_divides_by_the_std_of_all_rewards_so_far(
+    base: dict[str, Any], watch: Watch, tmp_path: Path
+) -> None:
+    config = PPOConfig.model_validate(base | {"reward": "plain", "scaling": "std", "scale_warmup": 13})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    first, last = lines(tmp_path / "ppo")
+    assert first["ppo/scale"] == 1.0, "12 rollouts are fewer than the warm-up's 13"
+    normal = [(rollouts.rewards_NK.double().numpy() - 0.3) / 1.7 for rollouts, _ in watch.paid]
+    assert last["ppo/scale"] == pytest.approx(1 / np.std(normal), rel=1e-5)
+    np.testing.assert_allclose(watch.paid[1][1].numpy(), normal[1] / np.std(normal), rtol=1e-4, atol=1e-5)
+
+
+def test_the_greedy_responses_do_not_enter_the_running_std(base: dict[str, Any], watch: Watch, tmp_path: Path) -> None:
+    changes = {"reward": "plain", "advantage": "remax", "scaling": "std", "scale_warmup": 1, "steps": 1}
+    train_ppo(PPOConfig.model_validate(base | changes), tmp_path / "ppo", quiet=True)
+    sampled = watch.paid[0][0].rewards_NK.double().numpy() / 1.7
+    assert lines(tmp_path / "ppo")[0]["ppo/scale"] == pytest.approx(1 / np.std(sampled), rel=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "loaded"), [("gae", 2), ("rloo", 1), ("group", 1), ("remax", 1)])
+def test_only_gae_loads_a_critic(
+    advantage: str, loaded: int, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[str] = []
+    load = RewardModel.load
+
+    def counted(folder: str, **options: Any) -> RewardModel:
+        folders.append(folder)
+        return load(folder, **options)
+
+    monkeypatch.setattr(RewardModel, "load", counted)
+    config = PPOConfig.model_validate(base | {"reward": "plain", "advantage": advantage})
+    assert (rollout.Models(config).critic is not None) == (advantage == "gae")
+    assert len(folders) == loaded
+
+
+class TestGuards:
+    def stop(self, match: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+        with pytest.raises(FloatingPointError, match=match):
+            train_ppo(PPOConfig.model_validate(settings), tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out" / "result.json").exists()
+
+    def test_rewards_that_no_longer_differ(self, base: dict[str, Any], tmp_path: Path) -> None:
+        changes = {"reward": "plain", "min_reward_std": 1e3}
+        self.stop("step 1: the rewards' std .* fell below min_reward_std = 1000", tmp_path, base | changes)
+
+    def test_a_policy_that_left(self, base: dict[str, Any], tmp_path: Path) -> None:
+        faster = {"actor": OptimConfig(lr=0.1, decay=False), "kl_coef": 0.0, "steps": 9}
+        self.stop(
+            "step [2-9]: the KL of .* rose above max_kl = 0.5",
+            tmp_path,
+            base | faster | {"reward": "plain", "max_kl": 0.5},
+        )
+
+    def test_scores_that_are_no_numbers(
+        self, base: dict[str, Any], stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full(batch.last_BK.shape, math.nan))
+        self.stop("step 1: .*reward_raw.* not finite", tmp_path, base | {"baselines": stored})
+
+
+def test_the_command_line_names_several_reward_models() -> None:
+    args = ["--policy", "p", "--reward-model", "a", "b", "--prompts", "q", "--out", "o", "--aggregate", "worst"]
+    config, _ = parse(PPOConfig, args, verb="train ppo", about="", out=(Path, tyro.MISSING, "folder"))
+    assert config.reward_models == ("a", "b")
+    one, _ = parse(PPOConfig, [*args[:4], *args[5:]], verb="train ppo", about="", out=(Path, tyro.MISSING, "folder"))
+    assert (one.reward_model, one.reward_models) == ("a", ("a",))
