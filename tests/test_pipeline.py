@@ -17,7 +17,7 @@ import tiny
 from conftest import Folders
 from steelyard.cli import main
 from steelyard.errors import InputError
-from steelyard.recipe import Recipe, check
+from steelyard.recipe import Recipe, check, ppo_config
 from steelyard.run_dir import RunDir
 
 OPTIM = {"lr": 3e-3}
@@ -298,3 +298,29 @@ def test_missing_files_and_a_missing_truth_are_refused_before_the_first_stage(
         check(Recipe.model_validate(mine | {"data": data, "sft": {}}))
     with pytest.raises(InputError, match=r"^repair.o: oracle flip needs the truth"):
         check(Recipe.model_validate(mine | {"data": data, "repair": {"o": {"recipe": "oracle flip"}}}))
+
+
+def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
+    shared = {"k": 2, "scaling": "abs", "scale_warmup": 8, "critic": {"lr": 1e-3}, "steps": 7}
+    arms = {
+        "plain": {"reward": "plain"},
+        "contrastive": {},
+        "par": {"reward": "par"},
+        "rloo": {"reward": "plain", "advantage": "rloo"},
+        "scaled": {"reward": "plain", "scaling": "std"},
+    }
+    recipe = Recipe.model_validate({"world": {}, "sft": {}, "policy": {"ppo": shared, "arms": arms}})
+    check(recipe)
+    assert recipe.policy is not None
+    paths: dict[str, Any] = {"model": "m", "prompts": "p", "reward_model": "r", "baselines": "b", "gold": None}
+    found = {name: ppo_config(recipe, recipe.policy, name, **paths) for name in arms}
+    assert all(config.steps == 7 for config in found.values())
+    assert [name for name, config in found.items() if config.baselines == "b"] == ["contrastive", "par"]
+    assert [name for name, config in found.items() if config.k == 2] == ["contrastive", "par"]
+    assert [name for name, config in found.items() if config.scale_warmup == 8] == ["contrastive", "scaled"]
+    assert [name for name, config in found.items() if config.critic.lr == 1e-3] == [
+        "plain",
+        "contrastive",
+        "par",
+        "scaled",
+    ]

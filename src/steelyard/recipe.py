@@ -120,10 +120,14 @@ def baseline_config(
     return build(BaselineConfig, "policy.baselines", settings, policy=model, prompts=prompts, reward_model=reward_model)
 
 
-def contrastive(policy: PolicyConfig, arm: str) -> bool:
-    """Whether a policy arm is paid contrastive rewards."""
-    default = PPOConfig.model_fields["reward"].default
-    return bool((policy.ppo | policy.arms[arm]).get("reward", default) == "contrastive")
+def arm_setting(policy: PolicyConfig, arm: str, name: str) -> Any:
+    """What a policy arm has for one field of PPO: its own, the shared one, or the default."""
+    return (policy.ppo | policy.arms[arm]).get(name, PPOConfig.model_fields[name].default)
+
+
+def needs_baselines(policy: PolicyConfig, arm: str) -> bool:
+    """Whether a policy arm is paid relative to stored baselines."""
+    return bool(arm_setting(policy, arm, "reward") != "plain")
 
 
 def ppo_config(
@@ -137,13 +141,20 @@ def ppo_config(
     baselines: str,
     gold: str | None,
 ) -> PPOConfig:
-    """Settings of one policy arm. What `policy.ppo` says of contrastive rewards is not for plain arms."""
+    """Settings of one policy arm. What `policy.ppo` says of baselines, scaling or critic is left out where an arm
+    has none."""
     shared, own = policy.ppo, {name: value for name, value in policy.arms[arm].items() if name != "rm"}
     fixed: Settings = {"policy": model, "prompts": prompts, "reward_model": reward_model, "gold": gold}
-    if contrastive(policy, arm):
+    idle: set[str] = set()
+    if needs_baselines(policy, arm):
         fixed["baselines"] = baselines
     else:
-        shared = {name: value for name, value in shared.items() if name not in ppo.CONTRASTIVE_ONLY}
+        idle |= ppo.BASELINES
+    if arm_setting(policy, arm, "scaling") != "std" and arm_setting(policy, arm, "reward") != "contrastive":
+        idle |= ppo.SCALING
+    if arm_setting(policy, arm, "advantage") != "gae":
+        idle |= ppo.CRITIC_ONLY
+    shared = {name: value for name, value in shared.items() if name not in idle}
     return build(PPOConfig, f"policy.arms.{arm}", {"seed": recipe.seed} | shared | own, **fixed)
 
 

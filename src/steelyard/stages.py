@@ -26,9 +26,9 @@ from steelyard.recipe import (
     Settings,
     baseline_config,
     build,
-    contrastive,
     default_arm,
     evaluation_config,
+    needs_baselines,
     ppo_config,
     reward_config,
     sft_config,
@@ -254,9 +254,11 @@ def examine_model(folder: str, validation: dict[str, str], settings: Settings) -
 
 
 def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> dict[str, str]:
-    """Scored baselines for every reward model that a contrastive arm uses; the responses are sampled once."""
+    """Scored baselines for every reward model whose arm needs them; the responses are sampled once."""
     arms = {
-        settings.get("rm", default_arm(recipe)) for name, settings in policy.arms.items() if contrastive(policy, name)
+        settings.get("rm", default_arm(recipe))
+        for name, settings in policy.arms.items()
+        if needs_baselines(policy, name)
     }
     scored = {}
     for arm in sorted(arms):

@@ -43,7 +43,8 @@ from steelyard.train.optim import OptimConfig, batches, set_rate
 from steelyard.types import Prompt
 
 SCALING = frozenset({"scaling", "scale_warmup", "scale_floor"})
-CONTRASTIVE_ONLY = frozenset({"baselines", "k"}) | SCALING
+BASELINES = frozenset({"baselines", "k"})
+CONTRASTIVE_ONLY = BASELINES | SCALING
 """Settings without effect on plain rewards (but for `scaling = std`)."""
 CRITIC_ONLY = frozenset({"critic", "critic_warmup", "gamma", "lam", "value_clip"})
 """Settings without effect where there is no critic."""
