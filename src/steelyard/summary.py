@@ -15,6 +15,8 @@ from typing import Any
 from steelyard import __version__
 from steelyard.parallel import default_workers
 
+FEW_PROMPTS = 30
+
 
 def describe_run(name: str, seed: int, began: float, command: str) -> dict[str, Any]:
     """Versions and origin, for the report."""
@@ -74,7 +76,8 @@ def tables(out: Path) -> list[dict[str, Any]]:
                     [arm, *(f"{c[s]['accuracy']:.3f} [{c[s]['low']:.3f}, {c[s]['high']:.3f}]" for s in sets)]
                     for arm, c in by_arm.items()
                 ],
-                "note": "95 % bootstrap intervals by prompt. One seed each: differences inside them are no finding.",
+                "note": "95 % bootstrap intervals by prompt. One seed each: differences inside them are no finding."
+                + _few_prompts(rows),
             }
         )
     if (path := out / "evaluate" / "policy.json").exists():
@@ -110,3 +113,11 @@ def _interval(row: Mapping[str, Any], name: str, prefix: str | None = None) -> s
     if row[name] is None:
         return "unknown"
     return f"{row[name]:.3f} [{row[f'{start}low']:.3f}, {row[f'{start}high']:.3f}]"
+
+
+def _few_prompts(rows: list[dict[str, Any]]) -> str:
+    """A warning where the intervals rest on too few prompts to mean what they say."""
+    fewest = min(r["prompts"] for r in rows)
+    if fewest >= FEW_PROMPTS:
+        return ""
+    return f" With only {fewest} different prompts to resample, the intervals are themselves very uncertain."

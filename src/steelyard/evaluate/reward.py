@@ -95,6 +95,7 @@ def examine(
     return {
         "row": {
             "n": len(margin),
+            "prompts": len(set(prompts)),
             "accuracy": accuracy,
             "low": low,
             "high": high,
