@@ -116,8 +116,10 @@ def measure(
             run.restore()
             if config.backend == "full":
                 _check_same(config, preferences)
-            score = _head_scores if config.backend == "head" else _full_scores
-            scores = score(config, encoder, encoded.trees, encoded.index, keys, plan, out, quiet)
+            if config.backend == "head":
+                scores = _head_scores(config, encoder, encoded.trees, keys, plan, out, quiet)
+            else:
+                scores = _full_scores(config, encoder, encoded.trees, encoded.index, plan, out, quiet)
             _save_scores(out / "margins.npz", scores, encoded.index)
         margins = scores[..., 0] - scores[..., 1]
         temperature = config.temperature or _temperature(config, margins)
@@ -287,7 +289,6 @@ def _head_scores(
     config: StrengthConfig,
     encoder: Encoder,
     trees: list[Tree],
-    index: list[int],
     keys: list[str],
     plan: Bool[np.ndarray, "M N"] | None,
     out: Path,
@@ -321,7 +322,6 @@ def _full_scores(
     encoder: Encoder,
     trees: list[Tree],
     index: list[int],
-    keys: list[str],
     plan: Bool[np.ndarray, "M N"] | None,
     out: Path,
     quiet: bool,

@@ -35,7 +35,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
         raise InputError(f"{out}: must be a folder, but it is a file: give another path")
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stored, text)
-    run = _Run(recipe, out, resume)
+    run = _Run(recipe, out)
     began = time.time()
     try:
         files = run.stage("data", lambda: stages.prepare(recipe, out))
@@ -65,8 +65,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
 class _Run:
     """Times the stages and says what is going on."""
 
-    def __init__(self, recipe: Recipe, out: Path, resume: bool) -> None:
-        self.out, self.resume = out, resume
+    def __init__(self, recipe: Recipe, out: Path) -> None:
         self.path = out / "stages.json"
         stored = json.loads(self.path.read_text()) if self.path.exists() else []
         self.stages: list[dict[str, Any]] = stored
