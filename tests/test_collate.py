@@ -1,4 +1,4 @@
-"""Trees to tensors, checked place by place, and grouping under a token budget."""
+"""Trees to one flat row, checked place by place, and grouping under a token budget."""
 
 from __future__ import annotations
 
@@ -12,29 +12,76 @@ from steelyard.data.encode import Tree
 TREES = [Tree((11, 12, 13), ((21, 22), (31, 32, 33))), Tree((41,), ((51,), (61, 62)))]
 
 
-def test_rows_hold_prompt_then_responses_padded_on_the_right() -> None:
+def test_the_row_holds_prompt_then_responses_tree_after_tree() -> None:
     batch = collate(TREES, 0)
-    assert batch.ids_BL.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33], [41, 51, 61, 62, 0, 0, 0, 0]]
-    assert batch.positions_BL.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 1, 2, 0, 0, 0, 0]]
-    assert batch.response_BKT.tolist() == [[[21, 22, 0], [31, 32, 33]], [[51, 0, 0], [61, 62, 0]]]
-    assert batch.mask_BKT.sum(-1).tolist() == [[2, 3], [1, 2]]
-    assert batch.last_BK.tolist() == [[4, 7], [1, 3]]
-    assert batch.tokens == 16
+    assert batch.ids_T.tolist() == [11, 12, 13, 21, 22, 31, 32, 33, 41, 51, 61, 62]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2]
+    assert batch.tree_T.tolist() == [0] * 8 + [1] * 4
+    assert batch.branch_T.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 2, 2]
+    assert batch.response_BKR.tolist() == [[[21, 22, 0], [31, 32, 33]], [[51, 0, 0], [61, 62, 0]]]
+    assert batch.mask_BKR.sum(-1).tolist() == [[2, 3], [1, 2]]
+    assert batch.last_BK.tolist() == [[4, 7], [9, 11]]
+    assert batch.tokens == 12
 
 
 def test_places_of_the_tokens_and_of_those_before_them() -> None:
     batch = collate(TREES, 0)
-    assert batch.at_BKT[0].tolist() == [[3, 4, 0], [5, 6, 7]]
-    assert batch.before_BKT[0].tolist() == [[2, 3, 0], [2, 5, 6]]
-    assert batch.before_BKT[1].tolist() == [[0, 0, 0], [0, 2, 0]]
+    assert batch.at_BKR[0].tolist() == [[3, 4, 0], [5, 6, 7]]
+    assert batch.before_BKR[0].tolist() == [[2, 3, 0], [2, 5, 6]]
+    assert batch.before_BKR[1].tolist() == [[8, 0, 0], [8, 10, 0]]
+
+
+def seen_by_each(trees: list[Tree]) -> dict[int, set[int]]:
+    """Query place -> places it sees, read from the blocks; every token must be a query once."""
+    seen: dict[int, set[int]] = {}
+    for block in collate(trees, 0).blocks:
+        for queries, keys, real, attend in zip(
+            block.queries_nQ.tolist(),
+            block.keys_nS.tolist(),
+            block.real_nQ.tolist(),
+            block.attend_nQS.tolist(),
+            strict=True,
+        ):
+            for query, is_real, row in zip(queries, real, attend, strict=True):
+                assert any(row)
+                visible = [key for key, sees in zip(keys, row, strict=True) if sees]
+                assert len(visible) == len(set(visible)), "a key counted twice would weigh double"
+                if is_real:
+                    assert query not in seen
+                    seen[query] = set(visible)
+    return seen
 
 
 def test_a_token_sees_the_prompt_and_its_own_response_up_to_itself() -> None:
-    sees = [[j for j, seen in enumerate(row) if seen] for row in collate(TREES, 0).attend_B1LL[1, 0].tolist()]
-    assert sees == [[0], [0, 1], [0, 2], [0, 2, 3], [4], [4, 5], [4, 5, 6], [4, 5, 6, 7]]
+    seen = seen_by_each(TREES)
+    assert [sorted(seen[q]) for q in range(8, 12)] == [[8], [8, 9], [8, 10], [8, 10, 11]]
+    assert sorted(seen[7]) == [0, 1, 2, 5, 6, 7]
+    assert len(seen) == 12
 
 
-def test_what_cannot_be_a_row_is_refused() -> None:
+lengths_of_trees = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=2, max_size=2)), min_size=1, max_size=8
+)
+
+
+@given(lengths_of_trees)
+def test_blocks_of_any_batch_say_who_sees_whom(lengths: list[tuple[int, list[int]]]) -> None:
+    trees = [Tree(tuple(range(1, P + 1)), tuple(tuple(range(1, n + 1)) for n in rs)) for P, rs in lengths]
+    seen = seen_by_each(trees)
+    start = 0
+    for P, rs in lengths:
+        for i in range(P):
+            assert seen.pop(start + i) == set(range(start, start + i + 1))
+        own = start + P
+        for n in rs:
+            for i in range(n):
+                assert seen.pop(own + i) == set(range(start, start + P)) | set(range(own, own + i + 1))
+            own += n
+        start = own
+    assert not seen
+
+
+def test_what_cannot_be_a_tree_is_refused() -> None:
     with pytest.raises(ValueError, match="same number of responses"):
         collate([TREES[0], Tree((1,), ((2,),))], 0)
     for tree in (Tree((), ((2,),)), Tree((1,), ((2,), ()))):
@@ -43,13 +90,13 @@ def test_what_cannot_be_a_row_is_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(16, 200))
-def test_groups_cover_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_groups_cover_every_tree_once_within_the_budget(lengths: list[int], budget: int) -> None:
     groups = pack(lengths, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= budget
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
     assert pack(lengths, budget) == groups
 
 
-def test_a_row_longer_than_the_budget_stands_alone_and_similar_lengths_meet() -> None:
-    assert pack([5, 100, 6, 50, 49], 100) == [[1], [3, 4], [2, 0]]
+def test_a_tree_longer_than_the_budget_stands_alone_and_similar_lengths_meet() -> None:
+    assert pack([5, 120, 6, 50, 49], 100) == [[1], [3, 4], [2, 0]]

@@ -197,7 +197,7 @@ class LikesGood(torch.nn.Module):
     """A reward of 1 for every "good" in the response."""
 
     def forward(self, batch: Any) -> Tensor:
-        said: Tensor = (batch.response_BKT == tiny.VOCABULARY.index("good")) & batch.mask_BKT
+        said: Tensor = (batch.response_BKR == tiny.VOCABULARY.index("good")) & batch.mask_BKR
         return said.sum(-1).float()
 
 

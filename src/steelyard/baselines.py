@@ -24,9 +24,9 @@ from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.models.load import Precision
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel, require_reward_model
+from steelyard.models.trunk import Precision
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.types import Prompt
 

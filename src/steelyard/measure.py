@@ -27,8 +27,8 @@ from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.models.load import Precision
 from steelyard.models.reward import RewardModel
+from steelyard.models.trunk import Precision
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.probe import Probes, bootstrap_rows, features, layer_choice
 from steelyard.run_dir import RunDir, write_json_atomic

@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression
 
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Tree
-from steelyard.models.load import run_trunk
 from steelyard.models.reward import RewardModel
+from steelyard.models.trunk import run_trunk
 from steelyard.progress import Progress
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates for the inverse L2 penalty C
@@ -51,12 +51,13 @@ def features(
     shape = (len(trees), 2, 2 * len(layers) * width)
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
     model.eval()
+    depth = model.hf.config.get_text_config().num_hidden_layers
     groups = pack([len(t) for t in trees], max_tokens)
     with Progress(len(groups), "features", quiet=quiet or None) as progress:
         for step, group in enumerate(groups, 1):
             batch = collate([trees[i] for i in group], pad_id)
-            output = run_trunk(model.trunk, batch, model.precision, output_hidden_states=True)
-            states = [*output.hidden_states[:-1], output.last_hidden_state]
+            output = run_trunk(model.trunk, batch, model.precision, collect=layers)
+            states = output.collected | {depth: output.states_TD}  # the last layer's behind the final norm
             out[group] = torch.cat([_pool(states[layer].float(), batch) for layer in layers], -1).numpy()
             progress.update(step, tokens=batch.tokens)
     out.flush()
@@ -64,14 +65,10 @@ def features(
     return np.load(path, mmap_mode="r")
 
 
-def _pool(hidden_BLD: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
+def _pool(states_TD: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
     """(B, 2, 2D): the state at the last token, and the mean over the response's tokens."""
-    B, K, T = batch.mask_BKT.shape
-    rows = torch.arange(B)[:, None]
-    last = hidden_BLD[rows, batch.last_BK]
-    tokens = hidden_BLD[rows, batch.at_BKT.reshape(B, K * T)].reshape(B, K, T, -1)
-    mask = batch.mask_BKT[..., None].float()
-    return torch.cat([last, (tokens * mask).sum(2) / mask.sum(2)], -1)
+    mask = batch.mask_BKR[..., None].float()
+    return torch.cat([states_TD[batch.last_BK], (states_TD[batch.at_BKR] * mask).sum(2) / mask.sum(2)], -1)
 
 
 class Probes:

@@ -152,16 +152,16 @@ def roll_out(
     rewards, nll, entropy = torch.zeros(N, K), 0.0, 0.0
     for group in pack([len(t) for t in trees], config.max_tokens):
         batch = collate([trees[i] for i in group], models.encoder.pad_id)
-        t = batch.mask_BKT.shape[-1]
+        t = batch.mask_BKR.shape[-1]
         now, then = (m(batch, temperature=config.sampling.temperature) for m in (models.policy, models.reference))
-        mask[group, :, :t] = batch.mask_BKT
-        logprobs[group, :, :t] = now.sampled_BKT
+        mask[group, :, :t] = batch.mask_BKR
+        logprobs[group, :, :t] = now.sampled_BKR
         if (estimates := models.values(batch)) is not None:
-            values[group, :, :t] = estimates * batch.mask_BKT
-        kl[group, :, :t] = kl_k1(now.sampled_BKT, then.sampled_BKT)
+            values[group, :, :t] = estimates * batch.mask_BKR
+        kl[group, :, :t] = kl_k1(now.sampled_BKR, then.sampled_BKR)
         rewards[group] = models.reward(batch)
-        nll -= then.plain_BKT.sum().item()
-        entropy += now.entropy_BKT.sum().item()
+        nll -= then.plain_BKR.sum().item()
+        entropy += now.entropy_BKR.sum().item()
     tokens = int(mask.sum())
     ended = torch.tensor([[s.ended for s in group] for group in drawn])
     held = None if models.critic is None else values

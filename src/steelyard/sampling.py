@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from steelyard.config import Config
-from steelyard.models.load import autocast
 from steelyard.models.policy import PolicyModel
+from steelyard.models.trunk import autocast
 
 
 class SamplingConfig(Config):

@@ -1,8 +1,8 @@
-"""Trees to tensors: one row holds a prompt and its K responses, the prompt computed once.
+"""Trees to tensors: a prompt and its K responses, the prompt computed once, no padding between trees.
 
-A row is `[prompt, response 1, ..., response K]`. Positions restart at the prompt's length for every response,
-and a token sees earlier tokens of the prompt and of its own response only, so each response gets exactly the
-numbers it would get in a sequence of its own.
+The tokens of all trees of a batch stand in one flat row `[prompt, response 1, ..., response K, prompt, ...]`.
+Positions restart at the prompt's length for every response, and a token sees earlier tokens of the prompt and of its
+own response only, so each response gets exactly the numbers it would get in a sequence of its own.
 """
 
 from __future__ import annotations
@@ -10,93 +10,155 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from steelyard.data.encode import Tree
 
-_PADDING = -1
+# Attention pads the segments of a block to a common shape: at most this many times the entries that are needed.
+_WASTE = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBlock:
+    """n segments (a prompt, or one response) whose attention is computed together.
+
+    `queries_nQ` and `keys_nS` are places in the flat row; padded places repeat a real one and are False in
+    `real_nQ`, and hidden from every real query by `attend_nQS`. No row of `attend_nQS` is empty.
+    """
+
+    queries_nQ: Int[Tensor, "n Q"]
+    keys_nS: Int[Tensor, "n S"]
+    real_nQ: Bool[Tensor, "n Q"]
+    attend_nQS: Bool[Tensor, "n Q S"]
 
 
 @dataclass(frozen=True, slots=True)
 class TreeBatch:
-    """Rows of trees with K responses each, padded on the right.
+    """Trees with K responses each as one flat row of T tokens.
 
-    `response_BKT` are the response tokens, valid where `mask_BKT`; `at_BKT` is each one's place in its row and
-    `before_BKT` the place of the token that precedes it in its own sequence (for a response's first token the
+    `tree_T` and `branch_T` say to which tree a token belongs, and to its prompt (0) or its response (1 ... K).
+    `response_BKR` are the response tokens, valid where `mask_BKR`; `at_BKR` is each one's place in the row and
+    `before_BKR` the place of the token that precedes it in its own sequence (for a response's first token the
     prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at which the
-    response is scored.
+    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them.
     """
 
-    ids_BL: Int[Tensor, "B L"]
-    positions_BL: Int[Tensor, "B L"]
-    attend_B1LL: Bool[Tensor, "B 1 L L"]
-    response_BKT: Int[Tensor, "B K T"]
-    mask_BKT: Bool[Tensor, "B K T"]
-    at_BKT: Int[Tensor, "B K T"]
-    before_BKT: Int[Tensor, "B K T"]
+    ids_T: Int[Tensor, "T"]
+    positions_T: Int[Tensor, "T"]
+    tree_T: Int[Tensor, "T"]
+    branch_T: Int[Tensor, "T"]
+    response_BKR: Int[Tensor, "B K R"]
+    mask_BKR: Bool[Tensor, "B K R"]
+    at_BKR: Int[Tensor, "B K R"]
+    before_BKR: Int[Tensor, "B K R"]
     last_BK: Int[Tensor, "B K"]
+    blocks: tuple[AttentionBlock, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, padding included."""
-        return self.ids_BL.numel()
+        """Tokens computed."""
+        return self.ids_T.numel()
 
 
 def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cpu") -> TreeBatch:
-    """Raises ValueError if the trees differ in their number of responses, or a prompt or response is empty."""
+    """Raises ValueError if the trees differ in their number of responses, or a prompt or response is empty.
+
+    `pad_id` fills `response_BKR` where a response has ended; the row itself holds no padding.
+    """
     K = len(trees[0].responses)
     if any(len(t.responses) != K for t in trees):
         raise ValueError("all trees of a batch must have the same number of responses")
     if any(not t.prompt or not all(t.responses) for t in trees):
         raise ValueError("every tree needs a prompt and responses of at least one token")
-    B, L = len(trees), max(map(len, trees))
-    T = max(len(r) for t in trees for r in t.responses)
-    ids = torch.full((B, L), pad_id)
-    positions = torch.zeros(B, L, dtype=torch.long)
-    branch = torch.full((B, L), _PADDING)
-    response = torch.full((B, K, T), pad_id)
-    mask = torch.zeros(B, K, T, dtype=torch.bool)
-    at = torch.zeros(B, K, T, dtype=torch.long)
-    before = torch.zeros(B, K, T, dtype=torch.long)
-    last = torch.zeros(B, K, dtype=torch.long)
+    B, R = len(trees), max(len(r) for t in trees for r in t.responses)
+    ids: list[int] = []
+    positions, tree_of, branch_of = [], [], []
+    response, at = np.full((B, K, R), pad_id), np.zeros((B, K, R), dtype=np.int64)
+    mask, before = np.zeros((B, K, R), dtype=bool), np.zeros((B, K, R), dtype=np.int64)
+    last = np.zeros((B, K), dtype=np.int64)
+    segments = []  # (first place of the prompt, its length, first place of the segment, its length)
+    start = 0
     for b, tree in enumerate(trees):
-        P = len(tree.prompt)
-        ids[b, :P] = torch.tensor(tree.prompt)
-        positions[b, :P] = torch.arange(P)
-        branch[b, :P] = 0
-        start = P
+        P, root = len(tree.prompt), start
+        segments.append((root, 0, root, P))
+        ids += tree.prompt
+        positions.append(np.arange(P))
+        branch_of.append(np.zeros(P, dtype=np.int64))
+        start += P
         for k, tokens in enumerate(tree.responses):
             n = len(tokens)
-            row = torch.tensor(tokens)
-            ids[b, start : start + n] = row
-            positions[b, start : start + n] = torch.arange(P, P + n)
-            branch[b, start : start + n] = k + 1
-            response[b, k, :n] = row
+            segments.append((root, P, start, n))
+            ids += tokens
+            positions.append(np.arange(P, P + n))
+            branch_of.append(np.full(n, k + 1))
+            response[b, k, :n] = tokens
             mask[b, k, :n] = True
-            at[b, k, :n] = torch.arange(start, start + n)
-            before[b, k, :n] = torch.arange(start - 1, start + n - 1)
-            before[b, k, 0] = P - 1
+            at[b, k, :n] = np.arange(start, start + n)
+            before[b, k, :n] = np.arange(start - 1, start + n - 1)
+            before[b, k, 0] = root + P - 1
             last[b, k] = start + n - 1
             start += n
-    # Padding sees padding, so that no row of the attention is empty (a softmax over nothing is NaN).
-    same = (branch[:, :, None] == branch[:, None, :]) | ((branch[:, None, :] == 0) & (branch[:, :, None] > 0))
-    attend = same & torch.ones(L, L, dtype=torch.bool).tril()
-    parts = (ids, positions, attend[:, None], response, mask, at, before, last)
-    return TreeBatch(*(x.to(device) for x in parts))
+        tree_of.append(np.full(start - root, b))
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    return TreeBatch(
+        ids_T=torch.tensor(ids, device=device),
+        positions_T=tensor(np.concatenate(positions)),
+        tree_T=tensor(np.concatenate(tree_of)),
+        branch_T=tensor(np.concatenate(branch_of)),
+        response_BKR=tensor(response),
+        mask_BKR=tensor(mask),
+        at_BKR=tensor(at),
+        before_BKR=tensor(before),
+        last_BK=tensor(last),
+        blocks=tuple(_block(group, device) for group in _similar(segments)),
+    )
+
+
+def _similar(segments: Sequence[tuple[int, int, int, int]]) -> list[list[tuple[int, int, int, int]]]:
+    """Segments in groups that can be padded to one shape without much waste."""
+    groups: list[list[tuple[int, int, int, int]]] = []
+    needed = Q = S = 0
+    for segment in sorted(segments, key=lambda s: (-(s[1] + s[3]), -s[3], s[2])):
+        _, P, _, n = segment
+        wide = max(Q, n) * max(S, P + n)
+        if groups and wide * (len(groups[-1]) + 1) <= _WASTE * (needed + n * (P + n)):
+            groups[-1].append(segment)
+            needed, Q, S = needed + n * (P + n), max(Q, n), max(S, P + n)
+        else:
+            groups.append([segment])
+            needed, Q, S = n * (P + n), n, P + n
+    return groups
+
+
+def _block(segments: Sequence[tuple[int, int, int, int]], device: torch.device | str) -> AttentionBlock:
+    root, P, start, n = (x[:, None] for x in np.array(segments).T)
+    query, key = np.arange(n.max())[None], np.arange((P + n).max())[None]
+    # A padded query repeats the segment's last token and sees what that one sees.
+    place = np.minimum(query, n - 1)
+    keys = np.where(key < P, root + key, start + np.minimum(key - P, n - 1))
+    attend = key[:, None, :] <= (P + place)[:, :, None]
+    arrays = (start + place, keys, query < n, attend)
+    return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of similar length so that a padded group holds at most `max_tokens` tokens.
+    """Group trees of similar length so that a group holds at most `max_tokens` tokens.
 
-    A single row longer than that makes a group of its own. The grouping depends on the lengths alone.
+    A single tree longer than that makes a group of its own. The grouping depends on the lengths alone.
     """
     groups: list[list[int]] = []
+    held = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The group's first row is its longest.
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+        if groups and held + lengths[i] <= max_tokens:
             groups[-1].append(i)
+            held += lengths[i]
         else:
             groups.append([i])
+            held = lengths[i]
     return groups

@@ -19,9 +19,9 @@ from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.data.split import prompt_key
 from steelyard.evaluate.reward import bootstrap_mean
-from steelyard.models.load import Precision
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
+from steelyard.models.trunk import Precision
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.scorer import Scorer
 from steelyard.types import Prompt
@@ -100,7 +100,7 @@ def divergence(
     out = np.zeros((len(trees), len(trees[0].responses)))
     for group in pack([len(t) for t in trees], max_tokens):
         batch = collate([trees[i] for i in group], pad_id)
-        out[group] = (policy(batch).plain_BKT - reference(batch).plain_BKT).sum(-1).numpy()
+        out[group] = (policy(batch).plain_BKR - reference(batch).plain_BKR).sum(-1).numpy()
     return out
 
 

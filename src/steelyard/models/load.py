@@ -6,17 +6,16 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from steelyard.data.collate import TreeBatch, collate
+from steelyard.data.collate import collate
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
-
-Precision = Literal["float32", "bfloat16"]
+from steelyard.models.trunk import run_trunk
 
 
 def read_config(folder: str | Path) -> Any:
@@ -73,41 +72,6 @@ def quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def autocast(precision: Precision, device: torch.device) -> Any:
-    """The trunk's arithmetic: float32, or bfloat16 products with float32 weights."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def run_trunk(trunk: nn.Module, batch: TreeBatch, precision: Precision = "float32", **kwargs: Any) -> Any:
-    """The backbone's output for rows of trees. Raises InputError if a text is longer than a sliding window."""
-    window = attention_window(trunk)
-    if window is not None and int(batch.positions_BL.max()) >= window:
-        # The rows' own mask replaces the model's: the window would be silently left out.
-        raise InputError(
-            f"{type(trunk).__name__}: a text has {int(batch.positions_BL.max()) + 1} tokens, more than the model's "
-            f"sliding window of {window}; set max_length to at most {window}, or use a model without a window"
-        )
-    with autocast(precision, batch.ids_BL.device):
-        return trunk(
-            input_ids=batch.ids_BL,
-            attention_mask=batch.attend_B1LL,
-            position_ids=batch.positions_BL,
-            use_cache=False,
-            **kwargs,
-        )
-
-
-def attention_window(trunk: nn.Module) -> int | None:
-    """Tokens that a layer with a sliding window sees; None where every layer sees the whole text."""
-    config: Any = trunk.config
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    window: int | None = getattr(text, "sliding_window", None)
-    return window
-
-
 @torch.no_grad()
 def check_logits(hf: Any, *, tolerance: float = 1e-3) -> None:
     """Raise InputError unless the logits are the output embedding of the last hidden state and nothing more.
@@ -151,10 +115,10 @@ def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float =
     trunk.eval()
     try:
         try:
-            shared = run_trunk(trunk, both).last_hidden_state[0]
+            shared = run_trunk(trunk, both).states_TD
         except InputError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{type(trunk).__name__}: chosen and rejected cannot share their prompt in this model, which refuses "
                 f"an attention mask of its own ({error}); Llama, Qwen and GPT-NeoX style models can"
@@ -162,7 +126,7 @@ def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float =
         for k, response in enumerate((first, second)):
             ids = torch.tensor([prompt + response], device=device)
             apart = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
-            at = both.at_BKT[0, k, : len(response)]
+            at = both.at_BKR[0, k, : len(response)]
             difference = float((shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max())
             if not difference < tolerance:
                 raise InputError(

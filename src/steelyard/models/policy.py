@@ -13,23 +13,22 @@ from steelyard.data.collate import TreeBatch
 from steelyard.data.encode import Encoder
 from steelyard.errors import InputError
 from steelyard.models.load import (
-    Precision,
     check_logits,
     check_shared_prefix,
     open_model,
     quiet_loading,
     read_config,
-    run_trunk,
 )
+from steelyard.models.trunk import Precision, run_trunk
 
 
 class TokenLogprobs(NamedTuple):
     """At every response token: log p of the distribution that is sampled from (logits / temperature), its
     entropy, and log p at temperature 1. Zero where there is no token."""
 
-    sampled_BKT: Float[Tensor, "B K T"]
-    entropy_BKT: Float[Tensor, "B K T"]
-    plain_BKT: Float[Tensor, "B K T"]
+    sampled_BKR: Float[Tensor, "B K R"]
+    entropy_BKR: Float[Tensor, "B K R"]
+    plain_BKR: Float[Tensor, "B K R"]
 
 
 class PolicyModel(nn.Module):
@@ -78,14 +77,12 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: TreeBatch, *, temperature: float = 1.0) -> TokenLogprobs:
         """Log-probabilities of the response tokens, float32; logits are computed nowhere else."""
-        hidden = run_trunk(self.hf.base_model, batch, self.precision).last_hidden_state
-        mask = batch.mask_BKT
-        rows = torch.arange(len(mask), device=mask.device)[:, None, None].expand_as(mask)
-        # index_select on the flattened rows: its gradient is a plain, ordered sum.
-        flat = rows[mask] * hidden.shape[1] + batch.before_BKT[mask]
-        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat)
+        hidden = run_trunk(self.hf.base_model, batch, self.precision).states_TD
+        mask = batch.mask_BKR
+        # index_select: its gradient is a plain, ordered sum.
+        states = hidden.index_select(0, batch.before_BKR[mask])
         logits = self.hf.get_output_embeddings()(states).float()
-        tokens = batch.response_BKT[mask][:, None]
+        tokens = batch.response_BKR[mask][:, None]
         sampled = torch.log_softmax(logits / temperature, -1)
         entropy = -(sampled.exp() * sampled).sum(-1)
         chosen = sampled.gather(-1, tokens)[:, 0]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
-from steelyard.models.load import Precision, check_shared_prefix, open_model, quiet_loading, read_config, run_trunk
+from steelyard.models.load import check_shared_prefix, open_model, quiet_loading, read_config
+from steelyard.models.trunk import Precision, run_trunk
 
 
 class RewardModel(nn.Module):
@@ -67,19 +68,16 @@ class RewardModel(nn.Module):
 
     def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
         """The last layer at each response's last token, float32."""
-        hidden = run_trunk(self.trunk, batch, self.precision).last_hidden_state
-        rows = torch.arange(len(batch.ids_BL), device=hidden.device)[:, None]
-        return hidden[rows, batch.last_BK].float()
+        return run_trunk(self.trunk, batch, self.precision).states_TD[batch.last_BK].float()
 
     def forward(self, batch: TreeBatch) -> Float[Tensor, "B K"]:
         """Raw rewards, float32."""
         return self.head(self.features(batch)).squeeze(-1)
 
-    def values(self, batch: TreeBatch) -> Float[Tensor, "B K T"]:
+    def values(self, batch: TreeBatch) -> Float[Tensor, "B K R"]:
         """The head read at the state before each response token: what PPO's critic predicts from."""
-        hidden = run_trunk(self.trunk, batch, self.precision).last_hidden_state
-        rows = torch.arange(len(batch.ids_BL), device=hidden.device)[:, None, None]
-        return self.head(hidden[rows, batch.before_BKT].float()).squeeze(-1)
+        states = run_trunk(self.trunk, batch, self.precision).states_TD
+        return self.head(states[batch.before_BKR].float()).squeeze(-1)
 
     @torch.no_grad()
     def score(self, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 8192) -> Float[np.ndarray, "N K"]:

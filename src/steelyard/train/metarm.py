@@ -29,8 +29,8 @@ from steelyard.errors import InputError
 from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.losses.meta import Direction, Normalisation, difference_loss, differences, meta_step
 from steelyard.losses.preference import bradley_terry
-from steelyard.models.load import Precision
 from steelyard.models.reward import RewardModel
+from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps

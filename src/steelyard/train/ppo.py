@@ -32,7 +32,7 @@ from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.losses.policy import clipped_surrogate, value_loss
-from steelyard.models.load import Precision
+from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.rewards import Aggregate, RunningScale, RunningStd, ScaleMode, percentile
 from steelyard.rollout import Models, Rollouts, collect, estimate, guard, pay, require_finite, rollout_metrics
@@ -261,7 +261,7 @@ def update(
             for group in pack([len(rollouts.trees[i]) for i in rows], config.max_tokens):
                 picked = [rows[i] for i in group]
                 batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id)
-                t = batch.mask_BKT.shape[-1]
+                t = batch.mask_BKR.shape[-1]
                 sums += backward(learner.models, batch, [x[picked, :, :t] for x in per_token_NKT], total, step, config)
             tokens += total
             learner.move()
@@ -269,16 +269,16 @@ def update(
 
 
 def backward(
-    models: Models, batch: TreeBatch, per_token_BKT: Sequence[Tensor], total: int, step: int, config: PPOConfig
+    models: Models, batch: TreeBatch, per_token_BKR: Sequence[Tensor], total: int, step: int, config: PPOConfig
 ) -> Float[np.ndarray, "3"]:
     """Add the gradients of a few prompts; returns the sums over tokens of policy loss, clipping and value loss.
 
-    `per_token_BKT`: log-probabilities when sampled, advantages, and with a critic values when sampled and returns.
+    `per_token_BKR`: log-probabilities when sampled, advantages, and with a critic values when sampled and returns.
     """
-    mask, sums = batch.mask_BKT, np.zeros(3)
-    old, advantage, *critic = per_token_BKT
+    mask, sums = batch.mask_BKR, np.zeros(3)
+    old, advantage, *critic = per_token_BKR
     if step > config.critic_warmup:
-        now = models.policy(batch, temperature=config.sampling.temperature).sampled_BKT
+        now = models.policy(batch, temperature=config.sampling.temperature).sampled_BKR
         policy_loss, clipped = clipped_surrogate(now, old, advantage, clip=config.clip)
         (policy_loss[mask].sum() / total).backward()
         sums[:2] = policy_loss[mask].sum().item(), clipped[mask].sum().item()

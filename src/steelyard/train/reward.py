@@ -28,8 +28,8 @@ from steelyard.losses.contrastive import differences, simcse, swav, unit
 from steelyard.losses.contrastive import pairs as both_features
 from steelyard.losses.preference import bradley_terry
 from steelyard.models.dropout import dropout
-from steelyard.models.load import Precision
 from steelyard.models.reward import RewardModel
+from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps

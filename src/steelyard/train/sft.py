@@ -19,8 +19,8 @@ from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, OverlongError, Tree
 from steelyard.data.load import load_demonstrations
 from steelyard.errors import InputError
-from steelyard.models.load import Precision
 from steelyard.models.policy import PolicyModel
+from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
@@ -111,7 +111,7 @@ def sft_step(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens:
     loss_sum = 0.0
     for group in pack([len(t) for t in trees], max_tokens):
         batch = collate([trees[i] for i in group], pad_id)
-        loss = -model(batch).sampled_BKT.sum() / total
+        loss = -model(batch).sampled_BKR.sum() / total
         loss.backward()
         loss_sum += loss.item()
     return loss_sum, total
@@ -122,7 +122,7 @@ def sft_loss(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens:
     """Mean negative log-likelihood per response token, in nats."""
     loss = 0.0
     for group in pack([len(t) for t in trees], max_tokens):
-        loss -= model(collate([trees[i] for i in group], pad_id)).sampled_BKT.sum().item()
+        loss -= model(collate([trees[i] for i in group], pad_id)).sampled_BKR.sum().item()
     return loss / sum(len(t.responses[0]) for t in trees)
 
 

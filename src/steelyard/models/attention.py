@@ -1,0 +1,133 @@
+"""Attention inside trees: exact, without padding between trees, and with a backward pass of its own.
+
+Every block of a batch holds segments (a prompt, or a response that also sees its prompt) of similar size. On a CPU
+torch's fused kernel computes the forward pass; its backward is slow there, so the probabilities are computed again
+from the saved log-sum-exp and the five products done as batched matrix products. On a GPU the same rule of who sees
+whom goes to FlexAttention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steelyard.data.collate import AttentionBlock, TreeBatch
+
+
+def tree_attention(
+    query_THd: Float[Tensor, "T H d"],
+    key_TGd: Float[Tensor, "T G d"],
+    value_TGd: Float[Tensor, "T G d"],
+    batch: TreeBatch,
+    scale: float,
+) -> Float[Tensor, "T H d"]:
+    """softmax(scale q k') v, each token over its prompt and its own response up to itself.
+
+    H heads share G key-value heads (H a multiple of G). The result has the query's dtype.
+    """
+    if query_THd.device.type == "cuda":
+        return _flex(query_THd, key_TGd, value_TGd, batch, scale)
+    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, batch.blocks, scale)
+    return out
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[AttentionBlock, ...], scale: float
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        lse = []
+        for block in blocks:
+            q, k, v = _heads(query, block.queries_nQ), _heads(key, block.keys_nS), _heads(value, block.keys_nS)
+            o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
+            )
+            _put(out, block, o.transpose(1, 2))
+            lse.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        query, key, value, out, *lse = ctx.saved_tensors
+        dq = torch.empty_like(query)
+        dk, dv = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+        delta_TH = (g.float() * out.float()).sum(-1)
+        for block, log_sum in zip(ctx.blocks, lse, strict=True):
+            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
+
+
+def _block_backward(
+    g: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta_TH: Tensor,
+    lse_nHQ: Tensor,
+    block: AttentionBlock,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add one block's gradients. Heads of a group are stacked along the queries, so that keys are used as they are."""
+    n, Q = block.queries_nQ.shape
+    S = block.keys_nS.shape[1]
+    H, d = query.shape[1:]
+    G = key.shape[1]
+    rep = H // G
+
+    def grouped(x_THd: Tensor) -> Tensor:  # (n G, rep Q, d)
+        x = x_THd[block.queries_nQ.flatten()].view(n, Q, G, rep, d)
+        return x.permute(0, 2, 3, 1, 4).reshape(n * G, rep * Q, d)
+
+    q, grad = grouped(query), grouped(g)
+    k, v = (_heads(x, block.keys_nS).reshape(n * G, S, d) for x in (key, value))
+    delta = delta_TH[block.queries_nQ.flatten()].view(n, Q, H).transpose(1, 2).reshape(n, H, Q, 1)
+    # Padded queries get no weight at all, so nothing flows from them.
+    hidden = ~(block.attend_nQS & block.real_nQ[..., None])[:, None]
+    scores = torch.bmm(q, k.transpose(1, 2)).view(n, H, Q, S).float()
+    p = scores.mul_(scale).sub_(lse_nHQ[..., None]).masked_fill_(hidden, -torch.inf).exp_()
+    ds = torch.bmm(grad, v.transpose(1, 2)).view(n, H, Q, S).float().sub_(delta).mul_(p).mul_(scale)
+    p16, ds16 = (x.to(query.dtype).view(n * G, rep * Q, S) for x in (p, ds))
+    dq, dk, dv = into
+    dq_nHQd = torch.bmm(ds16, k).view(n, H, Q, d)
+    _put(dq, block, dq_nHQd.transpose(1, 2))
+    for target, left, right in ((dk, ds16, q), (dv, p16, grad)):
+        part = torch.bmm(left.transpose(1, 2), right).view(n, G, S, d).transpose(1, 2).reshape(n * S, G, d)
+        target.index_add_(0, block.keys_nS.flatten(), part.float())
+
+
+def _heads(x_THd: Tensor, places_nL: Tensor) -> Tensor:
+    """(n, H, L, d): the rows at these places, heads first."""
+    n, L = places_nL.shape
+    return x_THd[places_nL.flatten()].view(n, L, *x_THd.shape[1:]).transpose(1, 2)
+
+
+def _put(out_THd: Tensor, block: AttentionBlock, x_nQHd: Tensor) -> None:
+    """Write the real queries' rows to their places."""
+    out_THd[block.queries_nQ[block.real_nQ]] = x_nQHd[block.real_nQ]
+
+
+def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(block.attend_nQS.shape, dtype=dtype).masked_fill_(~block.attend_nQS, -torch.inf)[:, None]
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, batch: TreeBatch, scale: float) -> Tensor:
+    """The same through FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tree, branch, T = batch.tree_T, batch.branch_T, len(batch.ids_T)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+    mask = create_block_mask(sees, None, None, T, T, device=str(query.device))
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out: Any = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
