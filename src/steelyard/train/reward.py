@@ -17,6 +17,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from steelyard.baselines import fingerprint
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config
 from steelyard.data.collate import collate, pack
@@ -27,6 +28,7 @@ from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.losses.contrastive import differences, simcse, swav, unit
 from steelyard.losses.contrastive import pairs as both_features
 from steelyard.losses.preference import bradley_terry
+from steelyard.models.cache import TrunkCache
 from steelyard.models.dropout import dropout
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
@@ -100,6 +102,14 @@ class RewardConfig(Config):
     trainable_layers: int | None = Field(
         None, ge=0, description="train only this many top layers (and the head); none given: all"
     )
+    activation_cache: str | None = Field(
+        None,
+        description="folder for the frozen layers' outputs: computed once, read by every run on the same pairs, "
+        "repaired or not; needs trainable_layers",
+    )
+    activation_precision: Precision = Field(
+        "float32", description="how those outputs are stored; bfloat16 takes half the disk and rounds them"
+    )
     margin_in_flip: bool = Field(True, description="whether the margin also enters the flipped term of a soft label")
     contrastive: ContrastiveConfig = Field(
         default_factory=ContrastiveConfig, description="SimCSE or SwAV beside the loss; no method given: neither"
@@ -122,6 +132,23 @@ class RewardConfig(Config):
             raise ValueError(
                 "contrastive.method: no effect with trainable_layers = 0, for the features then never change; train at "
                 "least one layer, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_idle_cache(self) -> RewardConfig:
+        if self.activation_cache is None:
+            if "activation_precision" in self.given():
+                raise ValueError("activation_precision: no effect without activation_cache; leave it out")
+        elif self.trainable_layers is None:
+            raise ValueError(
+                "activation_cache: needs trainable_layers, for it keeps the outputs of the layers that are frozen; set "
+                "trainable_layers, or leave it out"
+            )
+        elif self.contrastive.method is not None:
+            raise ValueError(
+                "activation_cache: no use with contrastive.method, whose dropout acts in the frozen layers too; leave "
+                "it out"
             )
         return self
 
@@ -156,6 +183,8 @@ def train_reward(
             name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say)[1]
             for name, path in config.validation.items()
         }
+        cache = open_cache(config, model, [*trees, *(t for found in held_out.values() for t in found)], quiet=quiet)
+        scorer = model if cache is None else cache
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(trained)
         first, window = 0, []
@@ -173,7 +202,7 @@ def train_reward(
                 set_rate(optimizer, config.optim.rate(step - 1, steps))
                 batch = [pairs[i] for i in chosen], [trees[i] for i in chosen]
                 if config.contrastive.method is None:
-                    seen = reward_step(model, *batch, encoder, config)
+                    seen = reward_step(model, *batch, encoder, config, cache)
                 else:
                     seen = contrastive_step(model, *batch, encoder, config, step=step, prototypes=prototypes)
                 nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
@@ -187,7 +216,7 @@ def train_reward(
                     window = []
                 progress.update(step, tokens=size, loss=_mean_loss(seen))
                 if held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
-                    run.log(step, _examine(model, held_out, encoder, config.max_tokens))
+                    run.log(step, _examine(scorer, held_out, encoder, config.max_tokens))
                 if step % config.save_every == 0 and step < steps:
                     optimizer_tensors, optimizer_state = pack_optimizer(optimizer, "optimizer")
                     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors
@@ -198,7 +227,7 @@ def train_reward(
                     run.save(step, tensors, {"optimizer": optimizer_state})
 
         sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
-        rewards = model.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
+        rewards = scorer.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
         model.set_normal(float(rewards.mean()), float(rewards.std()))
         model.save(out / "model", encoder)
         result: dict[str, Any] = {
@@ -241,8 +270,11 @@ def reward_step(
     trees: Sequence[Tree],
     encoder: Encoder,
     config: RewardConfig,
+    cache: TrunkCache | None = None,
 ) -> Float[Tensor, "B 4"]:
     """Accumulate the gradient of the batch's weighted mean loss, whatever the grouping into micro-batches.
+
+    With a `cache` the outputs of the frozen layers are read from it.
 
     Returns, per pair: loss, weight, r(chosen), r(rejected).
     """
@@ -251,7 +283,11 @@ def reward_step(
     if total == 0:
         return seen
     for group in pack([len(t) for t in trees], config.max_tokens):
-        rewards = model(collate([trees[i] for i in group], encoder.pad_id))
+        micro = [trees[i] for i in group]
+        if cache is None:
+            rewards = model(collate(micro, encoder.pad_id))
+        else:
+            rewards = cache.rewards(micro, pad_id=encoder.pad_id)
         loss = _losses(rewards, [pairs[i] for i in group], config)
         weight = torch.tensor([pairs[i].weight for i in group])
         ((loss * weight).sum() / total).backward()
@@ -376,6 +412,32 @@ def freeze_below(model: RewardModel, trainable_layers: int | None) -> None:
         norm.requires_grad_(True)
 
 
+def open_cache(
+    config: RewardConfig, model: RewardModel, trees: Sequence[Tree], *, quiet: bool = True
+) -> TrunkCache | None:
+    """The frozen layers' outputs for these trees, computed where they are not there yet; None without activation_cache.
+
+    `model` may be one that was trained from `config.model`: the layers below are the same.
+    """
+    if config.activation_cache is None or config.trainable_layers is None:
+        return None
+    layers: Any = model.trunk.layers
+    cut = len(layers) - config.trainable_layers
+    source, states = fingerprint(config.model), config.activation_precision
+    cache = TrunkCache(config.activation_cache, model, source=source, cut=cut, states=states)
+    missing = list(cache.missing(trees).values())
+    done = 0
+    with Progress(sum(map(len, missing)), "frozen layers", quiet=quiet or not missing or None) as progress:
+
+        def update(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress.update(done, tokens=tokens)
+
+        cache.prepare(trees, max_tokens=config.max_tokens, say=None if quiet else print, on_tokens=update)
+    return cache
+
+
 def _mean_loss(seen: Float[Tensor, "B C"], column: int = 0) -> float:
     weight = seen[:, 1].sum()
     return float((seen[:, column] * seen[:, 1]).sum() / weight) if weight > 0 else 0.0
@@ -395,7 +457,7 @@ def _summary(window: list[Tensor]) -> dict[str, float]:
 
 
 def _examine(
-    model: RewardModel, held_out: dict[str, list[Tree]], encoder: Encoder, max_tokens: int
+    model: RewardModel | TrunkCache, held_out: dict[str, list[Tree]], encoder: Encoder, max_tokens: int
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, rewards in model.score_sets(held_out, pad_id=encoder.pad_id, max_tokens=max_tokens).items():
