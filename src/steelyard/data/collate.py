@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,15 @@ from steelyard.data.encode import Tree
 
 # Attention pads the segments of a block to a common shape: at most this many times the entries that are needed.
 _WASTE = 1.3
+# Queries are taken in pieces of this length, so that keys after a piece are not looked at and its probabilities stay
+# in the processor's cache; a block holds at most so many entries per head, for the same reason.
+_PIECE = 128
+_ENTRIES = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlock:
-    """n segments (a prompt, or one response) whose attention is computed together.
+    """n segments (a piece of a prompt or of a response) whose attention is computed together.
 
     `queries_nQ` and `keys_nS` are places in the flat row; padded places repeat a real one and are False in
     `real_nQ`, and hidden from every real query by `attend_nQS`. No row of `attend_nQS` is empty.
@@ -79,18 +84,18 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
     response, at = np.full((B, K, R), pad_id), np.zeros((B, K, R), dtype=np.int64)
     mask, before = np.zeros((B, K, R), dtype=bool), np.zeros((B, K, R), dtype=np.int64)
     last = np.zeros((B, K), dtype=np.int64)
-    segments = []  # (first place of the prompt, its length, first place of the segment, its length)
+    segments: list[_Segment] = []
     start = 0
     for b, tree in enumerate(trees):
         P, root = len(tree.prompt), start
-        segments.append((root, 0, root, P))
+        segments += _pieces(root, 0, root, P)
         ids += tree.prompt
         positions.append(np.arange(P))
         branch_of.append(np.zeros(P, dtype=np.int64))
         start += P
         for k, tokens in enumerate(tree.responses):
             n = len(tokens)
-            segments.append((root, P, start, n))
+            segments += _pieces(root, P, start, n)
             ids += tokens
             positions.append(np.arange(P, P + n))
             branch_of.append(np.full(n, k + 1))
@@ -120,28 +125,46 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
     )
 
 
-def _similar(segments: Sequence[tuple[int, int, int, int]]) -> list[list[tuple[int, int, int, int]]]:
+class _Segment(NamedTuple):
+    """`queries` tokens from the `before`-th of a text that begins at `start` and sees `P` tokens at `root` as well."""
+
+    root: int
+    P: int
+    start: int
+    before: int
+    queries: int
+
+    @property
+    def keys(self) -> int:
+        return self.P + self.before + self.queries
+
+
+def _pieces(root: int, P: int, start: int, n: int) -> list[_Segment]:
+    return [_Segment(root, P, start, i, min(_PIECE, n - i)) for i in range(0, n, _PIECE)]
+
+
+def _similar(segments: Sequence[_Segment]) -> list[list[_Segment]]:
     """Segments in groups that can be padded to one shape without much waste."""
-    groups: list[list[tuple[int, int, int, int]]] = []
+    groups: list[list[_Segment]] = []
     needed = Q = S = 0
-    for segment in sorted(segments, key=lambda s: (-(s[1] + s[3]), -s[3], s[2])):
-        _, P, _, n = segment
-        wide = max(Q, n) * max(S, P + n)
-        if groups and wide * (len(groups[-1]) + 1) <= _WASTE * (needed + n * (P + n)):
+    for segment in sorted(segments, key=lambda s: (-s.keys, -s.queries, s.start, s.before)):
+        entries = segment.queries * segment.keys
+        padded = max(Q, segment.queries) * max(S, segment.keys) * (len(groups[-1]) + 1) if groups else 0
+        if groups and padded <= min(_WASTE * (needed + entries), _ENTRIES):
             groups[-1].append(segment)
-            needed, Q, S = needed + n * (P + n), max(Q, n), max(S, P + n)
+            needed, Q, S = needed + entries, max(Q, segment.queries), max(S, segment.keys)
         else:
             groups.append([segment])
-            needed, Q, S = n * (P + n), n, P + n
+            needed, Q, S = entries, segment.queries, segment.keys
     return groups
 
 
-def _block(segments: Sequence[tuple[int, int, int, int]], device: torch.device | str) -> AttentionBlock:
-    root, P, start, n = (x[:, None] for x in np.array(segments).T)
-    query, key = np.arange(n.max())[None], np.arange((P + n).max())[None]
+def _block(segments: Sequence[_Segment], device: torch.device | str) -> AttentionBlock:
+    root, P, start, before, n = (x[:, None] for x in np.array(segments).T)
+    query, key = np.arange(n.max())[None], np.arange((P + before + n).max())[None]
     # A padded query repeats the segment's last token and sees what that one sees.
-    place = np.minimum(query, n - 1)
-    keys = np.where(key < P, root + key, start + np.minimum(key - P, n - 1))
+    place = before + np.minimum(query, n - 1)
+    keys = np.where(key < P, root + key, start + np.minimum(key - P, before + n - 1))
     attend = key[:, None, :] <= (P + place)[:, :, None]
     arrays = (start + place, keys, query < n, attend)
     return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
