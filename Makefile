@@ -3,10 +3,11 @@
 #   make test   set up, then lint, types and tests
 PYTHON ?= python3
 VENV ?= .venv
+TRL_VENV ?= benchmarks/.venv-trl
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.steelyard-ready
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-all check format clean bench-env
 
 setup: $(STAMP)
 
@@ -35,5 +36,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# TRL, which benchmarks/reward_model.py measures against, in an environment of its own.
+bench-env:
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers trl==1.16.0
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRL_VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
