@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steelyard.data.collate import TreeBatch
 from steelyard.data.encode import Encoder
@@ -19,30 +21,37 @@ from steelyard.models.load import (
     quiet_loading,
     read_config,
 )
+from steelyard.models.next_token import Drawing, Nucleus, Seen, entropies, log_probability, nucleus, shaped
 from steelyard.models.trunk import Precision, run_trunk
 
 
 class TokenLogprobs(NamedTuple):
-    """At every response token: log p of the distribution that is sampled from (logits / temperature), its
-    entropy, and log p at temperature 1. Zero where there is no token."""
+    """At every response token, zero where there is none: log p of the distribution that is sampled from and its
+    entropy (no gradient); log p before the nucleus is cut out; log p of the model as it is, at temperature 1 and
+    without penalty. `kept`: the nucleus at each token, in their order; None where nothing is cut."""
 
     sampled_BKR: Float[Tensor, "B K R"]
     entropy_BKR: Float[Tensor, "B K R"]
+    full_BKR: Float[Tensor, "B K R"]
     plain_BKR: Float[Tensor, "B K R"]
+    kept: Nucleus | None = None
 
 
 class PolicyModel(nn.Module):
     """A causal language model over rows of trees."""
 
-    def __init__(self, hf: Any, *, precision: Precision = "float32") -> None:
+    def __init__(self, hf: Any, *, precision: Precision = "float32", logit_chunk: int | None = None) -> None:
+        """`logit_chunk`: positions whose logits are in memory at once; where a gradient is taken, the others' are
+        computed again. None: all of them, once."""
         super().__init__()
         self.hf = hf
         self.precision: Precision = precision
+        self.logit_chunk = logit_chunk
         check_shared_prefix(hf.base_model, hf.config.get_text_config().vocab_size)
         check_logits(hf)
 
     @classmethod
-    def load(cls, folder: str | Path, *, precision: Precision = "float32") -> PolicyModel:
+    def load(cls, folder: str | Path, *, precision: Precision = "float32", logit_chunk: int | None = None) -> Self:
         """Raises InputError if `folder` does not hold a language model."""
         from transformers import AutoModelForCausalLM
 
@@ -50,7 +59,7 @@ class PolicyModel(nn.Module):
         if any(name.endswith("ForSequenceClassification") for name in names):
             # Loaded as a language model it would get an output layer of random weights.
             raise InputError(f"{folder}: holds {names}, a reward model; a policy must be a language model")
-        return cls(open_model(AutoModelForCausalLM, folder), precision=precision)
+        return cls(open_model(AutoModelForCausalLM, folder), precision=precision, logit_chunk=logit_chunk)
 
     @classmethod
     def scratch(cls, encoder: Encoder, *, layers: int, width: int, heads: int, context: int, seed: int) -> PolicyModel:
@@ -75,23 +84,98 @@ class PolicyModel(nn.Module):
             torch.manual_seed(seed)
             return cls(LlamaForCausalLM(config))
 
-    def forward(self, batch: TreeBatch, *, temperature: float = 1.0) -> TokenLogprobs:
-        """Log-probabilities of the response tokens, float32; logits are computed nowhere else."""
-        hidden = run_trunk(self.hf.base_model, batch, self.precision).states_TD
-        mask = batch.mask_BKR
+    def forward(
+        self,
+        batch: TreeBatch,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        kept: Nucleus | None = None,
+    ) -> TokenLogprobs:
+        """Log-probabilities of the response tokens, float32; logits are computed nowhere else.
+
+        With top_p < 1 the nucleus is `kept`, or if none is given this model's own, which takes no gradient.
+
+        Raises:
+            ValueError: a gradient is to be taken through the choice of the nucleus.
+        """
+        return self.measure(self.states(batch), batch, Drawing(temperature, top_p, repetition_penalty), kept)
+
+    def states(self, batch: TreeBatch) -> Float[Tensor, "T D"]:
+        """The last layer at every token, after the final norm."""
+        return run_trunk(self.hf.base_model, batch, self.precision).states_TD
+
+    def measure(
+        self, states_TD: Float[Tensor, "T D"], batch: TreeBatch, how: Drawing, kept: Nucleus | None = None
+    ) -> TokenLogprobs:
+        """`forward` from the states."""
+        own = how.top_p < 1.0 and kept is None
+        if own and states_TD.requires_grad and torch.is_grad_enabled():
+            raise ValueError("the nucleus must be given (`kept`) where a gradient is taken, got none: sample first")
+        found: list[Nucleus] = []
+
+        def read(logits: Tensor, z: Tensor, tokens: Tensor, allowed: Nucleus | None) -> tuple[Tensor, ...]:
+            full = log_probability(z, tokens)
+            plain = full if z is logits else log_probability(logits, tokens)
+            if own:
+                found.append(allowed := nucleus(z, how.top_p, tokens))
+            cut = z if allowed is None else z.masked_fill(~allowed.allowed(z.shape[-1]), -torch.inf)
+            sampled = full if allowed is None else log_probability(cut, tokens)
+            return sampled, entropies(cut), full, plain
+
+        sampled, entropy, full, plain = self._at_responses(states_TD, batch, how, kept, read)
+        return TokenLogprobs(sampled, entropy, full, plain, Nucleus.join(found) if own else kept)
+
+    def sampled(
+        self, states_TD: Float[Tensor, "T D"], batch: TreeBatch, how: Drawing, kept: Nucleus | None = None
+    ) -> Float[Tensor, "B K R"]:
+        """Only log p of the distribution that was sampled from: what an update needs. `kept` as for `forward`.
+
+        Raises:
+            ValueError: top_p < 1 without a nucleus.
+        """
+        if how.top_p < 1.0 and kept is None:
+            raise ValueError("the nucleus of the time of sampling must be given (`kept`) with top_p < 1, got none")
+
+        def read(logits: Tensor, z: Tensor, tokens: Tensor, allowed: Nucleus | None) -> tuple[Tensor, ...]:
+            if allowed is not None:
+                z = z.masked_fill(~allowed.allowed(z.shape[-1]), -torch.inf)
+            return (log_probability(z, tokens),)
+
+        return self._at_responses(states_TD, batch, how, kept, read)[0]
+
+    def _at_responses(
+        self,
+        states_TD: Tensor,
+        batch: TreeBatch,
+        how: Drawing,
+        kept: Nucleus | None,
+        read: Callable[[Tensor, Tensor, Tensor, Nucleus | None], tuple[Tensor, ...]],
+    ) -> tuple[Float[Tensor, "B K R"], ...]:
+        """What `read` makes of (logits, shaped logits, tokens, nucleus) at every response token."""
+        mask, head = batch.mask_BKR, self.hf.get_output_embeddings()
         # index_select: its gradient is a plain, ordered sum.
-        states = hidden.index_select(0, batch.before_BKR[mask])
-        logits = self.hf.get_output_embeddings()(states).float()
-        tokens = batch.response_BKR[mask][:, None]
-        sampled = torch.log_softmax(logits / temperature, -1)
-        entropy = -(sampled.exp() * sampled).sum(-1)
-        chosen = sampled.gather(-1, tokens)[:, 0]
-        plain = chosen
-        if temperature != 1.0:
-            plain = torch.log_softmax(logits, -1).gather(-1, tokens)[:, 0]
+        states = states_TD.index_select(0, batch.before_BKR[mask])
+        tokens: Int[Tensor, "n"] = batch.response_BKR[mask]
+        seen = Seen(batch, head.weight.shape[0]) if how.repetition_penalty != 1.0 else None
+
+        def part(states_nD: Tensor, where: slice, allowed: Nucleus | None) -> tuple[Tensor, ...]:
+            logits = head(states_nD).float()
+            return read(logits, shaped(logits, None if seen is None else seen[where], how), tokens[where], allowed)
+
+        size = self.logit_chunk or max(1, len(tokens))
+        starts = range(0, len(tokens), size)
+        sizes = [min(size, len(tokens) - i) for i in starts]
+        nuclei = [None] * len(sizes) if kept is None else kept.split(sizes)
+        again = len(sizes) > 1 and torch.is_grad_enabled() and states.requires_grad
+        results = []
+        for start, n, allowed in zip(starts, sizes, nuclei, strict=True):
+            arguments = (states[start : start + n], slice(start, start + n), allowed)
+            results.append(checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments))
+        places = mask.nonzero(as_tuple=True)
         blank = torch.zeros(mask.shape, device=mask.device)
-        where = mask.nonzero(as_tuple=True)
-        return TokenLogprobs(*(blank.index_put(where, x) for x in (chosen, entropy, plain)))
+        return tuple(blank.index_put(places, torch.cat(column)) for column in zip(*results, strict=True))
 
     def save(self, folder: Path, encoder: Encoder) -> None:
         """Write the model with its tokenizer, as transformers reads them."""
