@@ -8,6 +8,8 @@ memory must not begin with its parent's (a child that is forked from a large pro
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -35,6 +37,7 @@ class Gate:
 
     def __init__(self) -> None:
         # Libraries print to standard output: the parent reads from a copy of it that only the gate knows.
+        die_first()
         self._replies = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._left = 0
@@ -67,6 +70,7 @@ class Gate:
         self._replies.write(json.dumps(message) + "\n")
 
     def _wait(self) -> None:
+        give_back()
         wanted = sys.stdin.readline()
         if not wanted:
             raise Finished
@@ -78,6 +82,21 @@ def peak_bytes() -> int:
     """The largest resident set of this process so far, libraries and loading included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Return freed memory to the system: what a sleeping worker's allocator keeps is missing for the one at work."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def die_first() -> None:
+    """Where memory runs out, let the kernel end this process and no other user's."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +181,9 @@ class Worker:
 
     def _died(self) -> NoReturn:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"{self.name} ended early (status {self._running().wait()}); its log ends:\n{tail}")
+        status = self._running().wait()
+        hint = "; probably out of memory: compare fewer programs at once, or shorter pairs" if status == -9 else ""
+        raise RuntimeError(f"{self.name} ended early (status {status}{hint}); its log ends:\n{tail}")
 
 
 def alternate(
