@@ -34,6 +34,9 @@ HELP = {
     "sample": ["--policy", "--prompts", "--k", "--reward-model", "--sampling.max-new-tokens"],
     "evaluate reward": ["--model", "--data", "--max-length", "--out"],
     "evaluate policy": ["--sft", "--policies", "--gold", "--tie", "--strata"],
+    "evaluate features": ["--models", "--data", "--drawn", "--perplexity", "--folds", "--out"],
+    "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
+    "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
     "report": ["--out"],
     "run": ["--out", "--resume", "--set"],
 }

@@ -21,8 +21,10 @@ from steelyard.data.export import refuse_annotated, write_annotated, write_prefe
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
+from steelyard.evaluate.features import FeatureConfig, examine_features
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.measure import StrengthConfig, measure, read_scores
+from steelyard.parallel import default_workers, run_jobs
 from steelyard.pipeline import run_recipe
 from steelyard.recipe import Recipe
 from steelyard.report import build_report
@@ -32,6 +34,8 @@ from steelyard.settings import checked, command_line, override, parse, read_yaml
 from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
 from steelyard.stages import examine_model, prompts_that_fit, truth_column
+from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
+from steelyard.study.metarm import MetaRMStudy, run_metarm
 from steelyard.summary import describe_run, tables
 from steelyard.train.metarm import MetaRMConfig, train_metarm
 from steelyard.train.ppo import PPOConfig, train_ppo
@@ -266,6 +270,61 @@ def evaluate_policy(args: Args) -> None:
     _show(tables(extra.out))
 
 
+def evaluate_features(args: Args) -> None:
+    """Overlap of chosen and rejected features of several reward models."""
+    config, extra = parse(FeatureConfig, args, verb="evaluate features", about=VERBS["evaluate features"], out=OUT)
+    target = _new(extra.out / "examine" / "features.json")
+    jobs = [(name, config) for name in config.models]
+    found = run_jobs(examine_features, jobs, workers=min(len(jobs), default_workers()), labels=list(config.models))
+    _write(target, {"set": Path(config.data).name, "models": found})
+    rows = [[m["name"], r["features"], r["measure"], r["value"], r["low"], r["high"]] for m in found for r in m["rows"]]
+    columns = ["model", "features", "measure", "value", "low", "high"]
+    _show([{"title": "Chosen and rejected features apart", "columns": columns, "rows": rows}])
+    print(f"\nreport: {build_report(extra.out)}")
+
+
+def study(config_type: type[Config], function: Callable[..., dict[str, Any]], verb: str) -> Callable[[Args], None]:
+    """The command of a study: `steelyard study KIND STUDY.yaml --out FOLDER`."""
+
+    class StudyOptions(Config):
+        """Where to, and changes of single settings."""
+
+        set: tuple[str, ...] = Field((), description="changes such as `reward.epochs=2` (values in YAML)")
+
+    fields = "\n".join(f"- {name}: {field.description}" for name, field in config_type.model_fields.items())
+    about = f"{VERBS[verb]}. The file holds:\n\n{fields}"
+
+    def command(args: Args) -> None:
+        if not args or args[0].startswith("-"):
+            if "-h" in args or "--help" in args:
+                parse(StudyOptions, ["--help"], verb=f"{verb} STUDY.yaml", about=about, out=OUT, resume=RESUME)
+            raise InputError(f"name the study: `steelyard {verb} study.yaml --out runs/name`")
+        options, extra = parse(StudyOptions, args[1:], verb=f"{verb} STUDY.yaml", about=about, out=OUT, resume=RESUME)
+        path = Path(args[0])
+        config = checked(config_type, override(read_yaml(path), options.set), lambda f: f"{path.name}: {f}")
+        function(config, extra.out, resume=extra.resume, command=command_line())
+        page = build_report(extra.out)
+        _show(json.loads((extra.out / "summary.json").read_text())["tables"])
+        print(f"\nreport: {page}")
+
+    return command
+
+
+def study_data(args: Args) -> None:
+    """The analyses of Secrets of RLHF II on one data set."""
+    verb = "study data"
+    if not args or args[0].startswith("-"):
+        if "-h" in args or "--help" in args:
+            _from_file(DataStudy, Path(), ["--help"], f"{verb} STUDY.yaml", VERBS[verb], None)
+        raise InputError("name the study: `steelyard study data study.yaml --out runs/name`")
+    config, extra = _from_file(DataStudy, Path(args[0]), args[1:], f"{verb} STUDY.yaml", VERBS[verb], None)
+    found = run_data_study(config, extra.out, resume=extra.resume, command=command_line())
+    page = build_report(extra.out)
+    _show(json.loads((extra.out / "summary.json").read_text())["tables"])
+    print("\n" + "\n".join(found.get("findings", [])))
+    print(f"\nreport: {page}")
+
+
 def _new(path: Path) -> Path:
     """A file that can be written. Raises InputError if it is there: results are never overwritten."""
     if path.exists():
@@ -321,6 +380,10 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "sample": sample_command,
     "evaluate reward": evaluate_reward,
     "evaluate policy": evaluate_policy,
+    "evaluate features": evaluate_features,
+    "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
+    "study data": study_data,
+    "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
     "report": report,
     "run": run,
 }

@@ -152,6 +152,7 @@ def _reward_curves(stages: Mapping[str, Stage], styles: Styles) -> list[Block]:
         )
         blocks.append(Figure("Accuracy while training", reading, panels, keys, mirrors="Fig. 8"))
     losses = [("train/loss", "Training loss", "nats"), ("train/accuracy", "Training accuracy", "accuracy")]
+    losses += [("train/contrastive_loss", "Contrastive loss", "nats")]
     losses += [(f"validation/{s}/loss", f"Loss, set: {s}", "nats") for s in sets]
     panels = curves("rm", stages, styles, losses)
     if panels:

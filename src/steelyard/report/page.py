@@ -30,10 +30,12 @@ from steelyard.report.blocks import (
     table,
 )
 from steelyard.report.data_sections import pairs_section, strength_section
+from steelyard.report.feature_sections import feature_section
 from steelyard.report.model_sections import reward_section, sft_section
 from steelyard.report.policy_sections import policy_section
 from steelyard.report.read import Run, read_run
 from steelyard.report.records import RewardRow
+from steelyard.report.seed_sections import contrastive_section, metarm_section
 
 _FOLD = 420
 _HERE = Path(__file__).parent
@@ -69,6 +71,9 @@ def render(run: Run) -> str:
         pairs_section(run),
         sft_section(run, styles),
         reward_section(run, styles),
+        contrastive_section(run, styles),
+        metarm_section(run, styles),
+        feature_section(run),
         policy_section(run, styles),
         _made_section(run),
     )
@@ -95,6 +100,8 @@ def _arms(run: Run) -> list[str]:
         names += [p.arm for p in run.policy.arms] + [p.arm for p in run.policy.frontier]
         names += [p.arm for p in run.policy.difficulty]
         names += [arm for sample in run.policy.samples for arm in sample.responses]
+    for study in (run.contrastive, run.metarm):
+        names += [] if study is None else [r.arm for r in study.accuracy] + [c.arm for c in study.curves]
     return names
 
 
@@ -227,7 +234,7 @@ def _made_section(run: Run) -> Section | None:
         blocks.append(table("Made with", (("what", None), ("value", None)), rows_made))
         blocks.append(Folded("Commands to reproduce", _commands(run), open=True))
     if run.recipe:
-        blocks.append(Folded("Settings: recipe.yaml", run.recipe))
+        blocks.append(Folded("Settings of the whole run", run.recipe))
     for name, stage in flat:
         if stage.config is not None:
             text = json.dumps(stage.config, indent=2, ensure_ascii=False, sort_keys=True)

@@ -225,6 +225,20 @@ def scatter(name: str, x: Values, y: Values, xlabel: str, ylabel: str, *, wrong:
         return _svg(name, figure)
 
 
+def clouds(name: str, first: Floats, second: Floats, *, small: bool = False) -> Markup:
+    """Two clouds of points (N, 2), rastered, blue and orange; without ticks, for their axes mean nothing."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _axes("", "", small)
+        # Drawn in turns, so that neither cloud covers the other.
+        points = np.stack([first, second], 1).reshape(-1, 2)
+        colours = [_RASTER_PLAIN, _RASTER_BAD] * len(first)
+        size = float(np.clip(3000 / max(len(points), 1), 2, 14))
+        axes.scatter(points[:, 0], points[:, 1], s=size, c=colours, alpha=0.7, linewidths=0, rasterized=True)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return _svg(name, figure)
+
+
 def group_ticks(n: int) -> list[int]:
     """Ticks of n groups: 1, 5, 10, ..."""
     return [1, *range(5, n + 1, 5)]

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from steelyard.errors import InputError
 from steelyard.report.records import PolicyFile, Record, RewardFile, RunFile, StrengthFile, SummaryFile
+from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
 
 R = TypeVar("R", bound=Record)
 Floats = NDArray[np.float64]
@@ -71,6 +72,9 @@ class Run:
     ppo: Mapping[str, Stage] = field(default_factory=dict)
     reward: RewardFile | None = None
     policy: PolicyFile | None = None
+    features: FeatureFile | None = None
+    contrastive: ContrastiveFile | None = None
+    metarm: MetaRMFile | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -87,7 +91,7 @@ def read_run(path: Path) -> Run:
     run = Run(
         name=path.resolve().name,
         info=_optional_record(path / "run.json", RunFile, notes),
-        recipe=_optional_text(path / "recipe.yaml", notes),
+        recipe=_optional_text(path / "recipe.yaml", notes) or _optional_text(path / "study.yaml", notes),
         summary=_record(path / "summary.json", SummaryFile),
         strengths=_read_strengths(path, notes),
         sft=_stages(path, "sft", notes) or ({single.name: single} if single and kind == "sft" else {}),
@@ -95,10 +99,13 @@ def read_run(path: Path) -> Run:
         ppo=_stages(path, "ppo", notes) or ({single.name: single} if single and kind == "ppo" else {}),
         reward=_record(path / "examine" / "reward.json", RewardFile),
         policy=_record(path / "evaluate" / "policy.json", PolicyFile),
+        features=_record(path / "examine" / "features.json", FeatureFile),
+        contrastive=_study(path, "contrastive", ContrastiveFile),
+        metarm=_study(path, "metarm", MetaRMFile),
         notes=tuple(notes),
     )
-    found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy)
-    if not any(found):
+    found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
+    if not any((*found, run.contrastive, run.metarm)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
             "examine/reward.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
@@ -137,6 +144,13 @@ def _record(path: Path, model: type[R]) -> R | None:
             f"{path}: field {where}: {first['msg']}, received {str(first['input'])[:80]!r}. "
             "Write it again by re-running its stage, or delete it to leave its section out."
         ) from None
+
+
+def _study(path: Path, kind: str, model: type[R]) -> R | None:
+    """study.json, if it is the study of this kind."""
+    file = path / "study.json"
+    content = _json(file) if file.exists() else None
+    return _record(file, model) if isinstance(content, dict) and content.get("kind") == kind else None
 
 
 def _optional_record(path: Path, model: type[R], notes: list[str]) -> R | None:

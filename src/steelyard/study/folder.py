@@ -1,0 +1,122 @@
+"""The folder of a study: its settings, its stages' times, its curves; begun once, resumed as often as needed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+
+from steelyard.config import Config
+from steelyard.errors import InputError
+from steelyard.run_dir import write_json_atomic, write_text_atomic
+from steelyard.summary import describe_run
+
+T = TypeVar("T")
+POINTS = 150  # of a curve in study.json
+
+Curve = dict[str, Any]
+
+
+class StudyFolder:
+    """One study's folder. Every stage must do nothing where its files are there already."""
+
+    def __init__(self, path: Path, study: Config, *, resume: bool, command: str) -> None:
+        """Raises InputError if the folder holds another study, or this one and `resume` was not asked for."""
+        text = yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        stored = path / "study.yaml"
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: must be a folder, but it is a file: give another path")
+        if stored.exists() and not resume:
+            raise InputError(f"{path}: holds a study already; go on with --resume, or give another folder (--out)")
+        if stored.exists() and yaml.safe_load(stored.read_text()) != yaml.safe_load(text):
+            raise InputError(f"{path}: holds a study with other settings ({stored}); give another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        if not stored.exists():
+            write_text_atomic(stored, text)
+        self.path, self.command, self.began = path, command, time.time()
+        self._times = path / "stages.json"
+        self.stages: list[dict[str, Any]] = json.loads(self._times.read_text()) if self._times.exists() else []
+
+    def stage(self, name: str, work: Callable[[], T]) -> T:
+        """`work()`, timed; a resumed stage's times add up."""
+        began = time.perf_counter()
+        try:
+            result = work()
+        except InputError:
+            if not self.stages:  # Refused before it began: the mended study may use the same folder.
+                (self.path / "study.yaml").unlink()
+            raise
+        seconds = time.perf_counter() - began
+        entry = next((s for s in self.stages if s["name"] == name), None)
+        if entry is None:
+            entry = {"name": name, "seconds": 0.0, "note": ""}
+            self.stages.append(entry)
+        entry["seconds"] += seconds
+        write_json_atomic(self._times, self.stages)
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        return result
+
+    def finish(self, name: str, seed: int, found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> None:
+        """study.json with the findings, and what the report says of the run."""
+        write_json_atomic(self.path / "study.json", dict(found))
+        about = describe_run(name, seed, self.began, self.command)
+        write_json_atomic(self.path / "run.json", about | {"seconds": sum(s["seconds"] for s in self.stages)})
+        write_json_atomic(self.path / "summary.json", {"tables": list(tables), "stages": self.stages})
+
+
+def mean_curves(folders: Mapping[str, Sequence[Path]], wanted: Callable[[str], bool]) -> list[Curve]:
+    """The metrics of stage folders over steps: of each arm the mean over its seeds, with the least and greatest.
+
+    `folders` holds each arm's stage folders, one a seed; only steps and metrics that all seeds of an arm logged count.
+    """
+    curves = []
+    for arm, paths in folders.items():
+        logged = [_metrics(path / "metrics.jsonl") for path in paths]
+        for metric in sorted(set.intersection(*(set(one) for one in logged))):
+            if not wanted(metric):
+                continue
+            steps = sorted(set.intersection(*(set(one[metric]) for one in logged)))
+            steps = steps[:: -(-len(steps) // POINTS) or 1]
+            values_SP = np.array([[one[metric][s] for s in steps] for one in logged])
+            if steps:
+                low, mean, high = values_SP.min(0), values_SP.mean(0), values_SP.max(0)
+                curve = {"arm": arm, "metric": metric, "steps": steps}
+                curves.append(curve | {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()})
+    return curves
+
+
+def _metrics(path: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        step = row.pop("step")
+        for name, value in row.items():
+            found.setdefault(name, {})[step] = value
+    return found
+
+
+def difference_table(title: str, rows: Sequence[Mapping[str, Any]], control: str) -> dict[str, Any]:
+    """One table of the summary: value of each arm, difference to the control, both with intervals."""
+    return {
+        "title": title,
+        "columns": ["set", "measure", "arm", "value", f"difference to {control}", "seeds above it"],
+        "rows": [
+            [r["set"], r["measure"], r["arm"], _interval(r), _interval(r.get("difference")), _above(r)] for r in rows
+        ],
+        "note": "95 % intervals over seeds and prompts (two-level paired bootstrap). An interval that holds 0 shows "
+        "no difference.",
+    }
+
+
+def _interval(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _above(row: Mapping[str, Any]) -> str:
+    seeds = row.get("difference", {}).get("seeds")
+    return "" if seeds is None else f"{sum(s > 0 for s in seeds)} of {len(seeds)}"
