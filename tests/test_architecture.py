@@ -16,6 +16,7 @@ MATHS = {"losses", "strength", "denoise", "rewards", "advantages"}
 TOOLS = {"run_dir", "checkpoint", "parallel", "progress"}
 ROOMS = {"models", "data", "sampling"}
 WORK = {"train", "evaluate", "baselines", "rollout", "probe", "measure", "scorer", "iterate"}
+WORK |= {"ppo_settings", "actors", "watch"}
 MAY_IMPORT = {
     "errors": set(), "config": set(), "types": set(),
     **dict.fromkeys(TOOLS, {"errors"} | TOOLS),

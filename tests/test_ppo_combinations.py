@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tiny
 from conftest import Folders
-from steelyard import rollout
+from steelyard import actors, rollout
 from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
@@ -345,7 +345,7 @@ def test_only_gae_loads_a_critic(
 
     monkeypatch.setattr(RewardModel, "load", counted)
     config = PPOConfig.model_validate(base | {"reward": "plain", "advantage": advantage})
-    assert (rollout.Models(config).critic is not None) == (advantage == "gae")
+    assert (actors.Models(config).critic is not None) == (advantage == "gae")
     assert len(folders) == loaded
 
 

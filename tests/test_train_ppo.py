@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tiny
 from conftest import Folders
-from steelyard import rollout
+from steelyard import actors, rollout
 from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.errors import InputError
 from steelyard.models.policy import PolicyModel
@@ -201,7 +201,7 @@ class LikesGood(torch.nn.Module):
         return said.sum(-1).float()
 
 
-class Planted(rollout.Models):
+class Planted(actors.Models):
     """PPO's models with a reward that cannot be gamed."""
 
     def __init__(self, config: PPOConfig) -> None:
@@ -275,11 +275,6 @@ class TestRefusals:
             train_ppo(PPOConfig.model_validate(base | settings), tmp_path / "out", quiet=True)
         assert not (tmp_path / "out" / "result.json").exists()
 
-    def test_sampling_that_the_update_cannot_follow(self, base: dict[str, Any], tmp_path: Path) -> None:
-        for setting in ({"top_p": 0.9}, {"repetition_penalty": 1.1}):
-            sampling = SamplingConfig.model_validate(setting)
-            self.refuse("top_p and .* must be 1 in PPO", tmp_path, base, reward="plain", sampling=sampling)
-
     def test_options_without_effect(self, base: dict[str, Any], tmp_path: Path, stored: str) -> None:
         useless = {"baselines": stored, "k": 2}
         self.refuse("^baselines, k: no effect with reward = plain", tmp_path, base | useless, reward="plain")
@@ -329,6 +324,6 @@ class TestRefusals:
     def test_a_reward_that_diverges_stops_with_advice(
         self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(rollout.Models, "normal", lambda self, raw: raw * float("nan"))
+        monkeypatch.setattr(actors.Models, "normal", lambda self, raw: raw * float("nan"))
         with pytest.raises(FloatingPointError, match=r"step 1: .* not finite; lower actor\.lr"):
             train_ppo(PPOConfig.model_validate(base | {"reward": "plain"}), tmp_path / "out", quiet=True)

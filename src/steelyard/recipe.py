@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from steelyard import measure
+from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
 from steelyard.config import Config, explain
 from steelyard.data.load import OnInvalid
@@ -16,9 +16,8 @@ from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.measure import Scoring, StrengthConfig
+from steelyard.ppo_settings import PPOConfig
 from steelyard.simulate.write import WorldConfig
-from steelyard.train import ppo
-from steelyard.train.ppo import PPOConfig
 from steelyard.train.reward import RewardConfig
 from steelyard.train.sft import SFTConfig
 
@@ -149,11 +148,11 @@ def ppo_config(
     if needs_baselines(policy, arm):
         fixed["baselines"] = baselines
     else:
-        idle |= ppo.BASELINES
+        idle |= ppo_settings.BASELINES
     if arm_setting(policy, arm, "scaling") != "std" and arm_setting(policy, arm, "reward") != "contrastive":
-        idle |= ppo.SCALING
+        idle |= ppo_settings.SCALING
     if arm_setting(policy, arm, "advantage") != "gae":
-        idle |= ppo.CRITIC_ONLY
+        idle |= ppo_settings.CRITIC_ONLY
     shared = {name: value for name, value in shared.items() if name not in idle}
     return build(PPOConfig, f"policy.arms.{arm}", {"seed": recipe.seed} | shared | own, **fixed)
 
@@ -221,7 +220,7 @@ def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
             raise InputError(f"policy.arms.{name}.rm must be one of {list(recipe.repair)}, got {settings.get('rm')!r}")
         config = ppo_config(recipe, policy, name, model="", prompts="", reward_model="", baselines="", gold=None)
         try:
-            ppo.check(config)
+            ppo_settings.check(config)
         except InputError as error:
             raise InputError(f"policy.arms.{name}: {error}") from None
 

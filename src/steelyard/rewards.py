@@ -306,6 +306,47 @@ def missing_eos(rewards: Float[Tensor, "*B"], ended: Bool[Tensor, "*B"], *, pena
     return torch.where(ended.bool(), rewards, rewards - penalty)
 
 
+class KLController:
+    """The weight of the KL penalty: fixed, or steered towards a target KL (Ziegler et al., arXiv 1909.08593, 2.2).
+
+        e = clip((KL - target) / target, -0.2, 0.2)
+        coef <- coef (1 + e n / horizon)
+
+    after n responses with a mean KL per response (nats). The paper writes a constant K = 0.1 for n / horizon; counted
+    in responses, as in the authors' code, the pace does not depend on the size of a step.
+    """
+
+    def __init__(self, coef: float, *, target: float | None = None, horizon: int = 10_000) -> None:
+        """No target: fixed.
+
+        Raises:
+            ValueError: a target or horizon that is not > 0, or a coefficient that could never move from 0.
+        """
+        if target is not None and not (target > 0 and horizon > 0 and coef > 0):
+            raise ValueError(f"target, horizon and coef must be > 0, got {target}, {horizon} and {coef}")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, responses: int) -> None:
+        """Take in the mean KL of so many responses; the next step's `coef` answers to it."""
+        if self.target is not None:
+            error = min(max((kl - self.target) / self.target, -0.2), 0.2)
+            self.coef *= 1 + error * responses / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient, as a plain float: JSON keeps it bit for bit."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from `state_dict()`. Target and horizon are configuration and stay as constructed.
+
+        Raises:
+            ValueError: another name, or a value that is not finite.
+        """
+        self.coef = _checked_state(state, {"coef": 0.0})["coef"]
+
+
 def token_rewards(
     rewards_B: Float[Tensor, "B"],
     kl_BT: Float[Tensor, "B T"],

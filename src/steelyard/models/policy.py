@@ -21,6 +21,7 @@ from steelyard.models.load import (
     quiet_loading,
     read_config,
 )
+from steelyard.models.lora import LoraConfig, add_adapters, has_adapters, merged_state
 from steelyard.models.next_token import Drawing, Nucleus, Seen, entropies, log_probability, nucleus, shaped
 from steelyard.models.trunk import Precision, run_trunk
 
@@ -145,6 +146,18 @@ class PolicyModel(nn.Module):
 
         return self._at_responses(states_TD, batch, how, kept, read)[0]
 
+    def full_and_plain(
+        self, states_TD: Float[Tensor, "T D"], batch: TreeBatch, how: Drawing
+    ) -> tuple[Float[Tensor, "B K R"], Float[Tensor, "B K R"]]:
+        """Those two of `measure` alone: what a reference is asked for."""
+
+        def read(logits: Tensor, z: Tensor, tokens: Tensor, allowed: Nucleus | None) -> tuple[Tensor, ...]:
+            full = log_probability(z, tokens)
+            return full, full if z is logits else log_probability(logits, tokens)
+
+        full, plain = self._at_responses(states_TD, batch, how, None, read)
+        return full, plain
+
     def _at_responses(
         self,
         states_TD: Tensor,
@@ -177,8 +190,16 @@ class PolicyModel(nn.Module):
         blank = torch.zeros(mask.shape, device=mask.device)
         return tuple(blank.index_put(places, torch.cat(column)) for column in zip(*results, strict=True))
 
+    def adapt(self, config: LoraConfig, *, seed: int) -> None:
+        """Put LoRA adapters in, which alone are trained then; `models.lora.without_adapters` turns them off.
+
+        Raises InputError if peft is missing or no layer has a wanted name.
+        """
+        add_adapters(self.hf, config, seed=seed)
+        check_shared_prefix(self.hf.base_model, self.hf.config.get_text_config().vocab_size)
+
     def save(self, folder: Path, encoder: Encoder) -> None:
-        """Write the model with its tokenizer, as transformers reads them."""
+        """Write the model with its tokenizer, as transformers reads them; adapters are added to the weights."""
         with quiet_loading():
-            self.hf.save_pretrained(folder)
+            self.hf.save_pretrained(folder, state_dict=merged_state(self.hf) if has_adapters(self.hf) else None)
         encoder.save(folder)

@@ -4,118 +4,50 @@ One step: sample K responses to each of a batch of prompts, score them, shape th
 stored responses to the same prompt earned, add the per-token KL penalty, estimate advantages, and take clipped
 steps on policy and critic. Prompt and responses share one row in every forward pass.
 
-The log-probabilities of the ratio are those of the distribution that was sampled from: temperature is accounted
-for; nucleus truncation and repetition penalty change the distribution in ways the update does not follow, so
-they are refused here.
+The log-probabilities of the ratio are those of the distribution that was sampled from: temperature, repetition
+penalty, and the nucleus as it was at the time of sampling (`models.next_token`).
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
+from steelyard.actors import Models
 from steelyard.advantages import whiten
 from steelyard.baselines import read_baselines
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
-from steelyard.config import Config
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.losses.policy import clipped_surrogate, value_loss
-from steelyard.models.trunk import Precision
+from steelyard.losses.policy import clipped_surrogate, kl_k3, value_loss
+from steelyard.models.lora import load_trained_state, trained_state
+from steelyard.models.next_token import Nucleus
+from steelyard.ppo_settings import PPOConfig as PPOConfig
+from steelyard.ppo_settings import check as check
 from steelyard.progress import Progress
-from steelyard.rewards import Aggregate, RunningScale, RunningStd, ScaleMode, percentile
-from steelyard.rollout import Models, Rollouts, collect, estimate, guard, pay, require_finite, rollout_metrics
+from steelyard.rewards import KLController, RunningScale, RunningStd, ScaleMode, percentile
+from steelyard.rollout import Rollouts, collect, estimate, pay
 from steelyard.run_dir import RunDir
-from steelyard.sampling import Sample, SamplingConfig
+from steelyard.sampling import Sample
 from steelyard.scorer import load_scorer
-from steelyard.train.optim import OptimConfig, batches, set_rate
+from steelyard.train.optim import batches, set_rate
 from steelyard.types import Prompt
-
-SCALING = frozenset({"scaling", "scale_warmup", "scale_floor"})
-BASELINES = frozenset({"baselines", "k"})
-CONTRASTIVE_ONLY = BASELINES | SCALING
-"""Settings without effect on plain rewards (but for `scaling = std`)."""
-CRITIC_ONLY = frozenset({"critic", "critic_warmup", "gamma", "lam", "value_clip"})
-"""Settings without effect where there is no critic."""
-
-
-class PPOConfig(Config):
-    """PPO on plain or shaped rewards."""
-
-    policy: str = Field(description="the SFT model's folder: where the policy starts, and the reference of the KL")
-    reward_model: str | tuple[str, ...] = Field(
-        description="reward-model folder, or several (an ensemble); the critic starts from the first"
-    )
-    aggregate: Aggregate = Field("mean", description="how the rewards of several reward models become one")
-    uncertainty_weight: float = Field(0.5, ge=0, description="weight of their variance in uncertainty-weighted")
-    prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
-    reward: Literal["plain", "contrastive", "par", "lsc"] = Field(
-        "contrastive", description="what the policy is paid for"
-    )
-    baselines: str | None = Field(None, description="scored baseline file of `steelyard sample`; not for plain rewards")
-    k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
-    scaling: ScaleMode | Literal["std"] = Field(
-        "abs", description="how the contrastive reward returns to the original scale; std: any reward over its std"
-    )
-    scale_warmup: int = Field(256, ge=1, description="rollouts to see before the reward is rescaled")
-    scale_floor: float = Field(0.01, gt=0, description="least divisor of the rescaling, in units of normalised reward")
-    lsc_percentile: float = Field(85.0, ge=0, le=100, description="percentile of the baselines that lsc refers to")
-    lsc_reference: Literal["prompt", "all"] = Field("prompt", description="baselines of the prompt, or of all prompts")
-    advantage: Literal["gae", "rloo", "group", "remax"] = Field(
-        "gae", description="how rewards become advantages; all but gae do without a critic"
-    )
-    group_std: bool = Field(True, description="divide a group's advantages by its std (advantage = group)")
-    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
-    steps: int = Field(100, ge=1, description="rollout-and-update steps")
-    prompts_per_step: int = Field(32, ge=1, description="prompts sampled per step")
-    samples_per_prompt: int = Field(4, ge=1, description="responses sampled per prompt")
-    minibatches: int = Field(1, ge=1, description="optimiser steps per pass over the rollouts")
-    epochs: int = Field(1, ge=1, description="passes over the rollouts of a step")
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how rollouts are drawn")
-    actor: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(lr=5e-7, decay=False), description="the paper's rate for 7B is 5e-7"
-    )
-    critic: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(lr=1.5e-6, decay=False), description="the paper's rate for 7B is 1.5e-6"
-    )
-    critic_warmup: int = Field(0, ge=0, description="first steps in which only the critic learns")
-    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
-    clip: float = Field(0.2, gt=0, lt=1, description="policy ratio clip")
-    value_clip: float = Field(0.2, gt=0, description="value clip, in units of (normalised) reward")
-    kl_coef: float = Field(0.05, ge=0, description="weight of the per-token KL penalty; 0 turns it off")
-    normalise: bool = Field(True, description="subtract the reward model's mean and divide by its std first")
-    reward_clip: float | None = Field(None, gt=0, description="bound on the shaped reward's size")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="taken from a response cut off before its end token")
-    min_reward_std: float | None = Field(None, gt=0, description="stop if a step's raw reward std falls below this")
-    max_kl: float | None = Field(None, gt=0, description="stop if the mean KL per response rises above this (nats)")
-    gold: str | None = Field(None, description="`module:function` of a gold scorer, logged and never trained on")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
-    max_tokens: int = Field(8192, ge=16, description="padded tokens computed at once (memory, not results)")
-    precision: Precision = Field("float32", description="arithmetic of the trunks; weights stay float32")
-    seed: int = Field(0, ge=0, description="order of the prompts and sampling")
-    save_every: int = Field(20, ge=1, description="steps between checkpoints")
-    sample_every: int = Field(10, ge=1, description="steps between written samples")
-
-    @property
-    def reward_models(self) -> tuple[str, ...]:
-        """The folders, one or several."""
-        return (self.reward_model,) if isinstance(self.reward_model, str) else self.reward_model
+from steelyard.watch import Scene, guard, naming_the_batch, require_finite, require_finite_gradient, rollout_metrics
 
 
 class Learner:
-    """Everything that the next step depends on and a checkpoint holds: models, optimisers, running scale.
+    """Everything that the next step depends on and a checkpoint holds: models, optimisers, running scale, KL weight.
 
     Sampling and order are functions of (seed, step) and need no state.
     """
@@ -128,6 +60,7 @@ class Learner:
         else:
             mode: ScaleMode = config.scaling if config.reward == "contrastive" else "none"
             self.scale = RunningScale(mode, floor=config.scale_floor, warmup=config.scale_warmup)
+        self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         learning: dict[str, tuple[str, nn.Module | None]] = {
             "actor": ("policy.", self.models.policy),
             "critic": ("value.", self.models.critic),
@@ -146,26 +79,39 @@ class Learner:
         state: dict[str, Any] = {}
         for name, (prefix, model, optimizer) in self.parts.items():
             packed, state[name] = pack_optimizer(optimizer, name)
-            tensors |= {prefix + k: v for k, v in model.state_dict().items()} | packed
-        return tensors, state | {"scale": self.scale.state_dict()}
+            tensors |= {prefix + k: v for k, v in trained_state(model).items()} | packed
+        return tensors, state | {"scale": self.scale.state_dict(), "kl": self.kl.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from `state()`."""
         for name, (prefix, model, optimizer) in self.parts.items():
-            model.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+            load_trained_state(model, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
             unpack_optimizer(optimizer, tensors, state[name], name)
         self.scale.load_state_dict(state["scale"])
+        self.kl.load_state_dict(state["kl"])
 
     def set_rates(self, step: int, steps: int) -> None:
         """The learning rates of a step (0-based)."""
         for name, (_, _, optimizer) in self.parts.items():
             set_rate(optimizer, self.settings[name].rate(step, steps))
 
-    def move(self) -> None:
-        """One optimiser step on the gradients at hand."""
-        for name, (_, model, optimizer) in self.parts.items():
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.settings[name].max_grad_norm)
+    def move(self, step: int) -> float:
+        """One optimiser step on the gradients at hand; returns the norm of the policy's.
+
+        Raises FloatingPointError if a gradient is not finite, before anything moves.
+        """
+        norms = {}
+        for name, (_, model, _) in self.parts.items():
+            norms[name] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.settings[name].max_grad_norm))
+            require_finite_gradient(norms[name], name, step)
+        for _, _, optimizer in self.parts.values():
             optimizer.step()
+        self.forget()
+        return norms["actor"]
+
+    def forget(self) -> None:
+        """Drop the gradients at hand."""
+        for _, _, optimizer in self.parts.values():
             optimizer.zero_grad(set_to_none=True)
 
 
@@ -174,7 +120,8 @@ class Task:
 
     def __init__(self, config: PPOConfig, encoder: Encoder, quiet: bool) -> None:
         self.gold = load_scorer(config.gold) if config.gold else None
-        self.prompts, self.ids = _prompts(config, encoder, quiet)
+        self.prompts, self.ids, self.names = _prompts(config, encoder, quiet)
+        self.streams = stream_keys(self.prompts)
         self.baselines_NK = _baselines(config, self.prompts)
 
     def stored(self, chosen: Sequence[int]) -> Float[Tensor, "N k"] | None:
@@ -197,7 +144,7 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
         if run.finished:
             return run.result()
         learner = Learner(config)
-        models, scale = learner.models, learner.scale
+        models = learner.models
         task, first = Task(config, models.encoder, quiet), 0
         if (saved := run.restore()) is not None:
             first, tensors, state = saved
@@ -207,19 +154,11 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
         with Progress(config.steps, "PPO", start=first, quiet=quiet or None) as progress:
             for step, chosen in enumerate(order, first + 1):
                 began = time.perf_counter()
-                keys = [f"{step}/{prompt_key(task.prompts[i])}" for i in chosen]
-                drawn, rollouts, greedy = collect(models, [task.ids[i] for i in chosen], keys, config)
-                require_finite({"ppo/reward_raw": rollouts.rewards_NK.mean().item()}, step)
-                sampled = time.perf_counter()
-
-                paid_NK, rewards_BT, greedy_N = pay(rollouts, greedy, task.stored(chosen), models, scale, config)
-                advantages_BT, returns_BT = estimate(rollouts, rewards_BT, greedy_N, config)
-                metrics = rollout_metrics(rollouts, paid_NK, rewards_BT, advantages_BT, returns_BT, scale)
-                metrics["ppo/kl_coef"] = config.kl_coef
-                metrics |= update(learner, rollouts, advantages_BT, returns_BT, step, config)
-                metrics |= task.score(models.encoder, chosen, drawn)
-                guard(metrics, step, config)
-
+                names, prompts = [task.names[i] for i in chosen], [task.prompts[i] for i in chosen]
+                scene = Scene(step, names, prompts)
+                with naming_the_batch(scene, run.path, models.encoder):
+                    sampled, rollouts = take_step(learner, task, chosen, scene, config)
+                drawn, metrics = scene.drawn, scene.metrics
                 run.log(step, metrics)
                 tokens = sum(len(t) for t in rollouts.trees)
                 seconds = time.perf_counter() - began
@@ -236,6 +175,36 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
         return result
 
 
+def take_step(
+    learner: Learner, task: Task, chosen: Sequence[int], scene: Scene, config: PPOConfig
+) -> tuple[float, Rollouts]:
+    """One step of PPO, recorded in `scene`; returns the time at which its responses were there and scored, and them."""
+    step, models, scale = scene.step, learner.models, learner.scale
+    keys = [f"{step}{task.streams[i]}" for i in chosen]
+    scene.drawn, rollouts, greedy = collect(models, [task.ids[i] for i in chosen], keys, config)
+    scene.rollouts = rollouts
+    require_finite({"ppo/reward_raw": rollouts.rewards_NK.mean().item()}, step)
+    sampled, kl_coef = time.perf_counter(), learner.kl.coef
+
+    baselines_NK = task.stored(chosen)
+    paid_NK, rewards_BT, greedy_N = pay(rollouts, greedy, baselines_NK, models, scale, config, kl_coef=kl_coef)
+    scene.paid_NK = paid_NK
+    advantages_BT, returns_BT = estimate(rollouts, rewards_BT, greedy_N, config)
+    metrics = scene.metrics
+    metrics |= rollout_metrics(rollouts, paid_NK, rewards_BT, advantages_BT, returns_BT, scale)
+    metrics |= {"ppo/kl_coef": kl_coef}
+    if scale.factor:
+        # What a nat costs in units of the reward before it was scaled: arms compare at equal prices.
+        metrics |= {"ppo/kl_price": kl_coef if config.scale_kl else kl_coef / scale.factor}
+    guard(metrics, step, config)
+    metrics |= update(learner, rollouts, advantages_BT, returns_BT, step, config)
+    metrics |= task.score(models.encoder, chosen, scene.drawn)
+    require_finite(metrics, step)
+    if step > config.critic_warmup:
+        learner.kl.update(metrics["ppo/kl"], rollouts.rewards_NK.numel())
+    return sampled, rollouts
+
+
 def update(
     learner: Learner,
     rollouts: Rollouts,
@@ -244,106 +213,112 @@ def update(
     step: int,
     config: PPOConfig,
 ) -> dict[str, float]:
-    """`epochs` passes of clipped steps over the rollouts; losses are means over the minibatch's tokens."""
+    """`epochs` passes of clipped steps over the rollouts; losses are means over the minibatch's tokens.
+
+    Ends early, before the optimiser step, at a minibatch on which the policy is further than `stop_epochs_at_kl` from
+    the one that sampled.
+    """
     learner.set_rates(step - 1, config.steps)
-    shape, names = rollouts.mask_NKT.shape, ["ppo/policy_loss", "ppo/clip_fraction"]
-    per_token_NKT = [rollouts.logprobs_NKT, advantages_BT.view(shape)]
-    if rollouts.values_NKT is not None and returns_BT is not None:
+    per_token_NKT = _per_token(rollouts, advantages_BT, returns_BT)
+    sums, tokens, norm, moved, updates = np.zeros(3), 0, 0.0, 0.0, 0
+    for rows in _minibatches(len(rollouts.trees), step, config):
+        total, part = int(rollouts.mask_NKT[rows].sum()), np.zeros(4)
+        for group in pack([len(rollouts.trees[i]) for i in rows], config.max_tokens):
+            picked = [rows[i] for i in group]
+            batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id)
+            t = batch.mask_BKR.shape[-1]
+            kept = Nucleus.join([rollouts.kept[i] for i in picked]) if rollouts.kept else None
+            part += backward(
+                learner.models, batch, [x[picked, :, :t] for x in per_token_NKT], kept, total, step, config
+            )
+        moved = float(part[3] / total)
+        if updates and config.stop_epochs_at_kl is not None and moved > config.stop_epochs_at_kl:
+            learner.forget()
+            break
+        sums, tokens, updates = sums + part[:3], tokens + total, updates + 1
+        norm = learner.move(step)
+    names = ["ppo/policy_loss", "ppo/clip_fraction", "ppo/value_loss"][: 3 if returns_BT is not None else 2]
+    means = {name: float(x / tokens) for name, x in zip(names, sums, strict=False)}
+    return means | {"ppo/updates": float(updates), "ppo/kl_update": moved, "ppo/grad_norm": norm}
+
+
+def _per_token(
+    rollouts: Rollouts, advantages_BT: Float[Tensor, "B T"], returns_BT: Float[Tensor, "B T"] | None
+) -> list[Float[Tensor, "N K T"]]:
+    """Log-probabilities when sampled, advantages, and with a critic values when sampled and returns."""
+    shape = rollouts.mask_NKT.shape
+    if rollouts.values_NKT is None or returns_BT is None:
         # Advantages without a critic are differences of rewards and are used as they are.
-        per_token_NKT[1] = whiten(advantages_BT, rollouts.mask_NKT.flatten(0, 1)).view(shape)
-        per_token_NKT += [rollouts.values_NKT, returns_BT.view(shape)]
-        names.append("ppo/value_loss")
-    N, sums, tokens = len(rollouts.trees), np.zeros(3), 0
+        return [rollouts.logprobs_NKT, advantages_BT.view(shape)]
+    white = whiten(advantages_BT, rollouts.mask_NKT.flatten(0, 1)).view(shape)
+    return [rollouts.logprobs_NKT, white, rollouts.values_NKT, returns_BT.view(shape)]
+
+
+def _minibatches(n: int, step: int, config: PPOConfig) -> Iterator[list[int]]:
+    """Rows of each optimiser step of all epochs, in an order of their own."""
+    size = -(-n // config.minibatches)
     for epoch in range(config.epochs):
-        size = -(-N // config.minibatches)
-        for rows in batches(N, size, config.seed + step * 7919 + epoch, 0, -(-N // size)):
-            total = int(rollouts.mask_NKT[rows].sum())
-            for group in pack([len(rollouts.trees[i]) for i in rows], config.max_tokens):
-                picked = [rows[i] for i in group]
-                batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id)
-                t = batch.mask_BKR.shape[-1]
-                sums += backward(learner.models, batch, [x[picked, :, :t] for x in per_token_NKT], total, step, config)
-            tokens += total
-            learner.move()
-    return {name: float(x / tokens) for name, x in zip(names, sums, strict=False)}
+        yield from batches(n, size, config.seed + step * 7919 + epoch, 0, -(-n // size))
 
 
 def backward(
-    models: Models, batch: TreeBatch, per_token_BKR: Sequence[Tensor], total: int, step: int, config: PPOConfig
-) -> Float[np.ndarray, "3"]:
-    """Add the gradients of a few prompts; returns the sums over tokens of policy loss, clipping and value loss.
+    models: Models,
+    batch: TreeBatch,
+    per_token_BKR: Sequence[Tensor],
+    kept: Nucleus | None,
+    total: int,
+    step: int,
+    config: PPOConfig,
+) -> Float[np.ndarray, "4"]:
+    """Add the gradients of a few prompts; returns the sums over tokens of policy loss, clipping, value loss, and of the
+    KL from the policy that sampled to this one (k3).
 
     `per_token_BKR`: log-probabilities when sampled, advantages, and with a critic values when sampled and returns.
+    `kept`: the nucleus when sampled.
     """
-    mask, sums = batch.mask_BKR, np.zeros(3)
+    mask, sums = batch.mask_BKR, np.zeros(4)
     old, advantage, *critic = per_token_BKR
-    if step > config.critic_warmup:
-        now = models.policy(batch, temperature=config.sampling.temperature).sampled_BKR
+    learns, states, loss = step > config.critic_warmup, None, torch.zeros(())
+    if learns or models.shared:
+        with torch.set_grad_enabled(learns):
+            states = models.policy.states(batch)
+    if learns and states is not None:
+        now = models.logprobs(states, batch, kept)
         policy_loss, clipped = clipped_surrogate(now, old, advantage, clip=config.clip)
-        (policy_loss[mask].sum() / total).backward()
-        sums[:2] = policy_loss[mask].sum().item(), clipped[mask].sum().item()
-    if critic and (values := models.values(batch)) is not None:
+        loss = policy_loss[mask].sum() / total
+        moved = kl_k3(old, now.detach())
+        sums[[0, 1, 3]] = [x[mask].sum().item() for x in (policy_loss, clipped, moved)]
+    if learns and not models.shared:
+        # Before the critic's pass, so that only one of the two graphs is in memory.
+        loss.backward()
+    if critic and (values := models.values(batch, states)) is not None:
         critic_loss = value_loss(values, *critic, clip=config.value_clip)
-        (critic_loss[mask].sum() / total).backward()
+        value = critic_loss[mask].sum() / total
+        (loss + config.value_coef * value if models.shared else value).backward()
         sums[2] = critic_loss[mask].sum().item()
     return sums
 
 
-def check(config: PPOConfig) -> None:
-    """Raise InputError for settings that would have no effect or no meaning."""
-    if config.sampling.top_p != 1.0 or config.sampling.repetition_penalty != 1.0:
-        raise InputError(
-            "sampling.top_p and sampling.repetition_penalty must be 1 in PPO: the update's log-probabilities would not "
-            "be those of the distribution that was sampled from; use sampling.temperature"
-        )
-    folders, reward, advantage = config.reward_models, config.reward, config.advantage
-    if not folders or len(set(folders)) < len(folders):
-        raise InputError(f"reward_model: must name one or several different folders, got {list(folders)}")
-    if len(folders) > 1 and reward != "plain":
-        raise InputError(
-            f"reward_model: several reward models need reward = plain, got {reward}: a baseline file holds the scores "
-            "of one reward model; name one folder, or use plain"
-        )
-    if advantage != "gae" and reward == "contrastive":
-        raise InputError(
-            f"advantage = {advantage} with reward = contrastive: the baseline cancels, for it is taken from every "
-            "response to a prompt alike and these advantages are differences between them; use reward = plain, par or "
-            "lsc, or advantage = gae"
-        )
-    if advantage in ("rloo", "group") and config.samples_per_prompt < 2:
-        raise InputError(
-            f"samples_per_prompt: advantage = {advantage} compares the responses to one prompt and needs at least 2, "
-            f"got {config.samples_per_prompt}; sample more, or use remax or gae"
-        )
-    if reward != "plain" and config.baselines is None:
-        raise InputError(f"baselines: {reward} rewards need a scored baseline file; make one with `steelyard sample`")
-    for names, reason in _without_effect(config):
-        if useless := names & config.given():
-            raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}")
+def stream_keys(prompts: Sequence[Prompt]) -> list[str]:
+    """What names each prompt's random numbers: its text and, for a repeated prompt, which copy in the file it is.
+
+    So copies draw different samples, and nothing else in the file or in a batch matters.
+    """
+    counts: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        key = prompt_key(prompt)
+        # A first copy has the name it would have alone. What stands before the slash holds no text of a prompt.
+        keys.append(f".{counts[key]}/{key}" if counts[key] else f"/{key}")
+        counts[key] += 1
+    return keys
 
 
-def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[str], str]]:
-    """Settings that the others make idle, and why."""
-    reward, advantage, std = config.reward, config.advantage, config.scaling == "std"
-    if reward == "plain":
-        yield CONTRASTIVE_ONLY - (SCALING if std else set()), "with reward = plain; leave out, or use contrastive"
-    elif reward != "contrastive" and not std:
-        yield SCALING, f"with reward = {reward}; leave out, or use scaling = std"
-    if reward != "lsc":
-        yield {"lsc_percentile", "lsc_reference"}, f"with reward = {reward}; leave out, or use lsc"
-    if len(config.reward_models) == 1:
-        yield {"aggregate", "uncertainty_weight"}, "with one reward model; leave out, or name several"
-    elif config.aggregate != "uncertainty-weighted":
-        yield {"uncertainty_weight"}, f"with aggregate = {config.aggregate}; leave out, or use uncertainty-weighted"
-    if advantage != "gae":
-        yield CRITIC_ONLY, f"with advantage = {advantage}, which has no critic; leave out, or use gae"
-    if advantage != "group":
-        yield {"group_std"}, f"with advantage = {advantage}; leave out, or use group"
-
-
-def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Prompt], list[tuple[int, ...]], list[str]]:
+    """(prompts, their tokens, their ids in the file)."""
     room = config.max_length - config.sampling.max_new_tokens
-    prompts = [p.prompt for p in load_prompts(config.prompts).items[: config.limit]]
+    rows = load_prompts(config.prompts).items[: config.limit]
+    prompts = [p.prompt for p in rows]
     ids = [encoder.prompt_ids(p) for p in prompts]
     fits = [i for i, x in enumerate(ids) if len(x) <= room]
     if len(fits) < config.prompts_per_step:
@@ -354,7 +329,7 @@ def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Pro
         )
     if not quiet:
         print(f"{len(fits)} of {len(prompts)} prompts used; the others leave no room within max_length")
-    return [prompts[i] for i in fits], [ids[i] for i in fits]
+    return [prompts[i] for i in fits], [ids[i] for i in fits], [rows[i].id for i in fits]
 
 
 def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N k"] | None:

@@ -1,0 +1,176 @@
+"""The settings of PPO, and which of them do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from steelyard.config import Config
+from steelyard.errors import InputError
+from steelyard.models.lora import LoraConfig
+from steelyard.models.trunk import Precision
+from steelyard.rewards import Aggregate, ScaleMode
+from steelyard.sampling import SamplingConfig
+from steelyard.train.optim import OptimConfig
+
+SCALING = frozenset({"scaling", "scale_warmup", "scale_floor", "scale_kl"})
+BASELINES = frozenset({"baselines", "k"})
+CONTRASTIVE_ONLY = BASELINES | SCALING
+"""Settings without effect on plain rewards (but for `scaling = std`)."""
+CRITIC_ONLY = frozenset({"critic", "critic_model", "critic_warmup", "value_coef", "gamma", "lam", "value_clip"})
+"""Settings without effect where there is no critic."""
+
+
+class PPOConfig(Config):
+    """PPO on plain or shaped rewards."""
+
+    policy: str = Field(description="the SFT model's folder: where the policy starts, and the reference of the KL")
+    reward_model: str | tuple[str, ...] = Field(
+        description="reward-model folder, or several (an ensemble); the critic starts from the first"
+    )
+    aggregate: Aggregate = Field("mean", description="how the rewards of several reward models become one")
+    uncertainty_weight: float = Field(0.5, ge=0, description="weight of their variance in uncertainty-weighted")
+    prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
+    reward: Literal["plain", "contrastive", "par", "lsc"] = Field(
+        "contrastive", description="what the policy is paid for"
+    )
+    baselines: str | None = Field(None, description="scored baseline file of `steelyard sample`; not for plain rewards")
+    k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
+    scaling: ScaleMode | Literal["std"] = Field(
+        "abs", description="how the contrastive reward returns to the original scale; std: any reward over its std"
+    )
+    scale_warmup: int = Field(256, ge=1, description="rollouts to see before the reward is rescaled")
+    scale_floor: float = Field(0.01, gt=0, description="least divisor of the rescaling, in units of normalised reward")
+    scale_kl: bool = Field(
+        False, description="scale the KL penalty like the reward: with one kl_coef, all scalings weigh KL alike"
+    )
+    lsc_percentile: float = Field(85.0, ge=0, le=100, description="percentile of the baselines that lsc refers to")
+    lsc_reference: Literal["prompt", "all"] = Field("prompt", description="baselines of the prompt, or of all prompts")
+    advantage: Literal["gae", "rloo", "group", "remax"] = Field(
+        "gae", description="how rewards become advantages; all but gae do without a critic"
+    )
+    group_std: bool = Field(True, description="divide a group's advantages by its std (advantage = group)")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
+    steps: int = Field(100, ge=1, description="rollout-and-update steps")
+    prompts_per_step: int = Field(32, ge=1, description="prompts sampled per step")
+    samples_per_prompt: int = Field(4, ge=1, description="responses sampled per prompt")
+    minibatches: int = Field(1, ge=1, description="optimiser steps per pass over the rollouts")
+    epochs: int = Field(1, ge=1, description="passes over the rollouts of a step")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how rollouts are drawn")
+    actor: OptimConfig = Field(
+        default_factory=lambda: OptimConfig(lr=5e-7, decay=False), description="the paper's rate for 7B is 5e-7"
+    )
+    critic: OptimConfig = Field(
+        default_factory=lambda: OptimConfig(lr=1.5e-6, decay=False), description="the paper's rate for 7B is 1.5e-6"
+    )
+    critic_model: Literal["separate", "shared"] = Field(
+        "separate", description="the critic: a copy of the reward model, or a new head on the policy's own layers"
+    )
+    value_coef: float = Field(0.1, gt=0, description="weight of the value loss in layers that the critic shares")
+    critic_warmup: int = Field(
+        0, ge=0, description="first steps in which only the critic learns (of a shared one the head)"
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
+    clip: float = Field(0.2, gt=0, lt=1, description="policy ratio clip")
+    value_clip: float = Field(0.2, gt=0, description="value clip, in units of (normalised) reward")
+    kl_coef: float = Field(0.05, ge=0, description="weight of the per-token KL penalty; 0 turns it off")
+    kl_target: float | None = Field(
+        None, gt=0, description="steer kl_coef towards this KL per response (nats); none given: it is fixed"
+    )
+    kl_horizon: int = Field(10_000, ge=1, description="responses over which kl_coef moves by about the relative error")
+    stop_epochs_at_kl: float | None = Field(
+        None,
+        gt=0,
+        description="end a step's updates once the policy is this far (nats per token) from where it sampled",
+    )
+    normalise: bool = Field(True, description="subtract the reward model's mean and divide by its std first")
+    reward_clip: float | None = Field(None, gt=0, description="bound on the shaped reward's size")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken from a response cut off before its end token")
+    min_reward_std: float | None = Field(None, gt=0, description="stop if a step's raw reward std falls below this")
+    max_kl: float | None = Field(None, gt=0, description="stop if the mean KL per response rises above this (nats)")
+    gold: str | None = Field(None, description="`module:function` of a gold scorer, logged and never trained on")
+    lora: LoraConfig = Field(
+        default_factory=LoraConfig, description="train adapters; the reference is the policy without them"
+    )
+    max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
+    max_tokens: int = Field(8192, ge=16, description="padded tokens computed at once (memory, not results)")
+    logit_chunk: int | None = Field(
+        None, ge=1, description="positions whose logits are in memory at once; none given: all of max_tokens"
+    )
+    precision: Precision = Field("float32", description="arithmetic of the trunks; weights stay float32")
+    seed: int = Field(0, ge=0, description="order of the prompts and sampling")
+    save_every: int = Field(20, ge=1, description="steps between checkpoints")
+    sample_every: int = Field(10, ge=1, description="steps between written samples")
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The folders, one or several."""
+        return (self.reward_model,) if isinstance(self.reward_model, str) else self.reward_model
+
+
+def check(config: PPOConfig) -> None:
+    """Raise InputError for settings that would have no effect or no meaning."""
+    folders, reward, advantage = config.reward_models, config.reward, config.advantage
+    if not folders or len(set(folders)) < len(folders):
+        raise InputError(f"reward_model: must name one or several different folders, got {list(folders)}")
+    if len(folders) > 1 and reward != "plain":
+        raise InputError(
+            f"reward_model: several reward models need reward = plain, got {reward}: a baseline file holds the scores "
+            "of one reward model; name one folder, or use plain"
+        )
+    if advantage != "gae" and reward == "contrastive":
+        raise InputError(
+            f"advantage = {advantage} with reward = contrastive: the baseline cancels, for it is taken from every "
+            "response to a prompt alike and these advantages are differences between them; use reward = plain, par or "
+            "lsc, or advantage = gae"
+        )
+    if advantage in ("rloo", "group") and config.samples_per_prompt < 2:
+        raise InputError(
+            f"samples_per_prompt: advantage = {advantage} compares the responses to one prompt and needs at least 2, "
+            f"got {config.samples_per_prompt}; sample more, or use remax or gae"
+        )
+    if reward != "plain" and config.baselines is None:
+        raise InputError(f"baselines: {reward} rewards need a scored baseline file; make one with `steelyard sample`")
+    if config.kl_target is not None and config.kl_coef == 0:
+        raise InputError("kl_coef: must be above 0 where kl_target steers it, for it is multiplied; got 0")
+    responses = config.prompts_per_step * config.samples_per_prompt
+    if config.kl_target is not None and 5 * config.kl_horizon <= responses:
+        raise InputError(
+            f"kl_horizon: must be above a fifth of a step's {responses} responses, got {config.kl_horizon}: one step "
+            "could bring kl_coef to 0"
+        )
+    for names, reason in _without_effect(config):
+        if useless := names & config.given():
+            raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}")
+
+
+def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[str], str]]:
+    """Settings that the others make idle, and why."""
+    reward, advantage, std = config.reward, config.advantage, config.scaling == "std"
+    if reward == "plain":
+        yield CONTRASTIVE_ONLY - (SCALING if std else set()), "with reward = plain; leave out, or use contrastive"
+    elif reward != "contrastive" and not std:
+        yield SCALING, f"with reward = {reward}; leave out, or use scaling = std"
+    if reward != "lsc":
+        yield {"lsc_percentile", "lsc_reference"}, f"with reward = {reward}; leave out, or use lsc"
+    if len(config.reward_models) == 1:
+        yield {"aggregate", "uncertainty_weight"}, "with one reward model; leave out, or name several"
+    elif config.aggregate != "uncertainty-weighted":
+        yield {"uncertainty_weight"}, f"with aggregate = {config.aggregate}; leave out, or use uncertainty-weighted"
+    if reward == "contrastive" and config.scaling == "none":
+        yield {"scale_kl"}, "with scaling = none; leave out, or scale"
+    if config.kl_coef == 0:
+        yield {"scale_kl"}, "with kl_coef = 0, which turns the penalty off; leave out"
+    if config.kl_target is None:
+        yield {"kl_horizon"}, "without kl_target; leave out, or give one"
+    if config.epochs * config.minibatches == 1:
+        yield {"stop_epochs_at_kl"}, "with one optimiser step per rollout; leave out, or raise epochs or minibatches"
+    if advantage == "gae" and config.critic_model == "separate":
+        yield {"value_coef"}, "with critic_model = separate; leave out, or use shared"
+    if advantage != "gae":
+        yield CRITIC_ONLY, f"with advantage = {advantage}, which has no critic; leave out, or use gae"
+    if advantage != "group":
+        yield {"group_std"}, f"with advantage = {advantage}; leave out, or use group"
