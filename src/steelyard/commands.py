@@ -310,21 +310,6 @@ def study(config_type: type[Config], function: Callable[..., dict[str, Any]], ve
     return command
 
 
-def study_data(args: Args) -> None:
-    """The analyses of Secrets of RLHF II on one data set."""
-    verb = "study data"
-    if not args or args[0].startswith("-"):
-        if "-h" in args or "--help" in args:
-            _from_file(DataStudy, Path(), ["--help"], f"{verb} STUDY.yaml", VERBS[verb], None)
-        raise InputError("name the study: `steelyard study data study.yaml --out runs/name`")
-    config, extra = _from_file(DataStudy, Path(args[0]), args[1:], f"{verb} STUDY.yaml", VERBS[verb], None)
-    found = run_data_study(config, extra.out, resume=extra.resume, command=command_line())
-    page = build_report(extra.out)
-    _show(json.loads((extra.out / "summary.json").read_text())["tables"])
-    print("\n" + "\n".join(found.get("findings", [])))
-    print(f"\nreport: {page}")
-
-
 def _new(path: Path) -> Path:
     """A file that can be written. Raises InputError if it is there: results are never overwritten."""
     if path.exists():
@@ -382,7 +367,6 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "evaluate policy": evaluate_policy,
     "evaluate features": evaluate_features,
     "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
-    "study data": study_data,
     "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
     "report": report,
     "run": run,
