@@ -24,6 +24,7 @@ from conftest import Folders
 from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.data.load import load_preferences
 from steelyard.measure import MemberConfig, StrengthConfig, measure
+from steelyard.models.lora import LoraConfig
 from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig
 from steelyard.train.optim import OptimConfig
@@ -37,6 +38,8 @@ TRAIN: dict[str, Callable[..., Any]] = {
     "ppo": train_ppo,
     "ppo, rloo": train_ppo,
     "ppo, remax, running std": train_ppo,
+    "ppo, adapters, shared critic": train_ppo,
+    "ppo, nucleus, shared critic": train_ppo,
 }
 
 
@@ -158,6 +161,15 @@ def configs(
         "ppo, rloo": PPOConfig(**ppo, baselines=str(stored), reward="par", advantage="rloo", epochs=2),
         "ppo, remax, running std": PPOConfig(
             **ppo, reward="plain", advantage="remax", scaling="std", scale_warmup=100, minibatches=2
+        ),
+        "ppo, adapters, shared critic": PPOConfig(
+            **ppo, reward="plain", lora=LoraConfig(rank=2), critic_model="shared", critic_warmup=2, kl_target=0.1,
+            kl_horizon=100, scaling="std", scale_warmup=100, scale_kl=True,
+        ),
+        "ppo, nucleus, shared critic": PPOConfig(
+            **ppo | {"sampling": SamplingConfig(max_new_tokens=5, top_p=0.8, repetition_penalty=1.2)},
+            reward="plain", critic_model="shared", kl_target=5.0, kl_horizon=100, epochs=3, minibatches=2,
+            stop_epochs_at_kl=1e-3, logit_chunk=16,
         ),
     }  # fmt: skip
 

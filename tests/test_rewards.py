@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from steelyard.rewards import (
     Aggregate,
+    KLController,
     RunningScale,
     RunningStd,
     ScaleMode,
@@ -338,6 +339,29 @@ def test_missing_eos_by_hand() -> None:
     assert got.tolist() == [1.0, -2.0]
     with pytest.raises(ValueError, match=">= 0"):
         missing_eos(torch.ones(1), torch.ones(1, dtype=torch.bool), penalty=-1.0)
+
+
+def test_the_kl_weight_is_steered_by_hand() -> None:
+    steered = KLController(0.2, target=6.0, horizon=1000)
+    steered.update(6.6, 100)  # a tenth too far: + 0.1 * 100 / 1000
+    assert steered.coef == pytest.approx(0.2 * 1.01)
+    steered.update(600.0, 100)  # the error counts 0.2 at most
+    assert steered.coef == pytest.approx(0.2 * 1.01 * 1.02)
+    steered.update(-3.0, 100)
+    assert steered.coef == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
+    again = KLController(0.2, target=6.0, horizon=1000)
+    again.load_state_dict(steered.state_dict())
+    assert again.coef == steered.coef
+    fixed = KLController(0.2)
+    fixed.update(600.0, 100)
+    assert fixed.coef == 0.2
+    for wrong in ({"target": 0.0}, {"target": 1.0, "horizon": 0}):
+        with pytest.raises(ValueError, match="must be > 0"):
+            KLController(0.2, **wrong)
+    with pytest.raises(ValueError, match="must be > 0"):
+        KLController(0.0, target=1.0)
+    with pytest.raises(ValueError, match="must hold finite"):
+        again.load_state_dict({"coef": float("nan")})
 
 
 def test_token_rewards_by_hand() -> None:
