@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,7 @@ from steelyard.data.export import refuse_annotated, write_annotated, write_prefe
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
+from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, health_table
 from steelyard.evaluate.features import FeatureConfig, examine_features
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.measure import StrengthConfig, measure, read_scores
@@ -33,7 +35,7 @@ from steelyard.scorer import load_scorer
 from steelyard.settings import checked, command_line, override, parse, read_yaml
 from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
-from steelyard.stages import examine_model, prompts_that_fit, truth_column
+from steelyard.stages import prompts_that_fit, truth_column
 from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
 from steelyard.study.metarm import MetaRMStudy, run_metarm
 from steelyard.summary import describe_run, tables
@@ -110,8 +112,6 @@ def strength(args: Args) -> None:
 
 
 def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, *, report: bool) -> None:
-    import time
-
     began = time.time()
     loaded = load_preferences(config.data, on_invalid=config.on_invalid)
     print(loaded.report.text())
@@ -219,26 +219,20 @@ def sample_command(args: Args) -> None:
     print(f"baselines: {sample_baselines(config, extra.out)}")
 
 
-class RewardEvaluationConfig(Config):
-    """Examination of one reward model."""
-
-    model: str = Field(description="reward-model folder")
-    data: tuple[str, ...] = Field(min_length=1, description="preference files, each examined by itself")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and one response together: as in training")
-
-
 def evaluate_reward(args: Args) -> None:
-    """Accuracy with intervals, likelihood, calibration."""
+    """A bill of health of one or several reward models: preference files, benchmarks, report."""
     config, extra = parse(RewardEvaluationConfig, args, verb="evaluate reward", about=VERBS["evaluate reward"], out=OUT)
-    target = _new(extra.out / "examine" / "reward.json")
-    names = [Path(path).name for path in config.data]
-    sets = {name if names.count(name) == 1 else path: path for name, path in zip(names, config.data, strict=True)}
-    found = examine_model(config.model, sets, {"max_length": config.max_length})
-    arm = Path(config.model).name
-    rows = [{"arm": arm, "set": name, **f["row"]} for name, f in found.items()]
-    bins = [{"arm": arm, "set": name, "bins": f["bins"]} for name, f in found.items()]
-    _write(target, {"rows": rows, "reliability": bins, "by_strength": []})
-    _show(tables(extra.out))
+    began = time.time()
+    for name in ("reward.json", "benchmarks.json"):
+        _new(extra.out / "examine" / name)
+    found = examine_models(config)
+    for name, content in found.items():
+        _write(extra.out / "examine" / name, content)
+    if not (extra.out / "run.json").exists():
+        about = describe_run("Bill of health", 0, began, command_line())
+        write_json_atomic(extra.out / "run.json", about | {"seconds": time.time() - began})
+    _show(tables(extra.out) + [health_table(f) for name, f in found.items() if name == "reward.json"])
+    print(f"report: {build_report(extra.out)}")
 
 
 class PolicyComparisonConfig(PolicyEvaluationConfig):

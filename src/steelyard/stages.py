@@ -15,10 +15,9 @@ from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences, load_prompts
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
+from steelyard.evaluate.examination import examine_sets, open_model, reward_file
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
-from steelyard.evaluate.reward import examine
 from steelyard.measure import Scoring, measure
-from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import (
     PolicyConfig,
@@ -39,7 +38,7 @@ from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
 from steelyard.simulate.write import FILES, write_world
 from steelyard.train.ppo import PPOConfig, train_ppo
-from steelyard.train.reward import RewardConfig, read_pairs, train_reward
+from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
 from steelyard.types import Preference, Prompt, Strength
 
@@ -218,14 +217,8 @@ def examine_all(recipe: Recipe, files: Files, arms: Sequence[str], out: Path) ->
         return
     jobs = [(str(out / "rm" / name / "model"), files.validation, build_reward(recipe)) for name in arms]
     results = run_jobs(examine_model, jobs, workers=min(len(jobs), recipe.workers or default_workers()))
-    rows: list[Any] = []
-    bins: list[Any] = []
-    for name, sets in zip(arms, results, strict=True):
-        for set_name, found in sets.items():
-            rows.append({"arm": name, "set": set_name, **found["row"]})
-            bins.append({"arm": name, "set": set_name, "bins": found["bins"]})
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(target, {"rows": rows, "reliability": bins})
+    write_json_atomic(target, reward_file(dict(zip(arms, results, strict=True))))
 
 
 def build_reward(recipe: Recipe) -> Settings:
@@ -237,20 +230,9 @@ def build_reward(recipe: Recipe) -> Settings:
 
 def examine_model(folder: str, validation: dict[str, str], settings: Settings) -> dict[str, Any]:
     """One reward model on each validation set; `settings` are those of `build_reward`, or some of them."""
-    on_overlong = settings.get("on_overlong", "truncate-prompt")
-    encoder = Encoder.load(folder, max_length=settings["max_length"], on_overlong=on_overlong)
-    model = RewardModel.load(folder, precision=settings.get("precision", "float32"))
-    read = {name: read_pairs(path, encoder) for name, path in validation.items()}
-    scored = model.score_sets(
-        {name: trees for name, (_, trees) in read.items()},
-        pad_id=encoder.pad_id,
-        max_tokens=settings.get("max_tokens", 4096),
-    )
-    found = {}
-    for name, rewards in scored.items():
-        prompts = [str(p.prompt) for p in read[name][0]]
-        found[name] = examine(rewards[:, 0], rewards[:, 1], prompts=prompts)
-    return found
+    how = {name: settings[name] for name in ("max_length", "on_overlong", "precision") if name in settings}
+    model, encoder = open_model(folder, **how)
+    return examine_sets(model, encoder, validation, max_tokens=settings.get("max_tokens", 4096))
 
 
 def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> dict[str, str]:

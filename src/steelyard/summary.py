@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steelyard import __version__
+from steelyard.evaluate.examination import benchmark_tables
 from steelyard.parallel import default_workers
 
 FEW_PROMPTS = 30
@@ -80,6 +81,8 @@ def tables(out: Path) -> list[dict[str, Any]]:
                 + _few_prompts(rows),
             }
         )
+    if (path := out / "examine" / "benchmarks.json").exists():
+        found += benchmark_tables(json.loads(path.read_text())["results"])
     if (path := out / "evaluate" / "policy.json").exists():
         result = json.loads(path.read_text())
         found.append(

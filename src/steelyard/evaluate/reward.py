@@ -81,6 +81,42 @@ def bootstrap_mean(
     return float(values.mean()), float(low), float(high)
 
 
+def resampled_sums(
+    table_NF: Float[np.ndarray, "N F"],
+    *,
+    clusters: Sequence[str] | None = None,
+    draws: int = 2000,
+    seed: int | Sequence[int] = 0,
+) -> Float[np.ndarray, "1+draws F"]:
+    """Column sums: row 0 of the table as it is, the others of bootstrap resamples of whole clusters.
+
+    Any statistic that is a function of sums gets its value and its draws in one stroke; `estimate` reads them.
+    """
+    table = np.asarray(table_NF, dtype=np.float64)
+    place = np.arange(len(table)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    n = int(place.max()) + 1
+    sums_CF = np.zeros((n, table.shape[1]))
+    np.add.at(sums_CF, place, table)
+    rng = np.random.default_rng(seed)
+    found = np.empty((1 + draws, table.shape[1]))
+    found[0] = table.sum(0)
+    for start in range(0, draws, 100):
+        counts = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(min(100, draws - start))]
+        found[1 + start : 1 + start + len(counts)] = np.array(counts, dtype=np.float64) @ sums_CF
+    return found
+
+
+def estimate(values_D: Float[np.ndarray, "1+draws"], level: float = 0.95) -> list[float | None]:
+    """[value, low, high] of a statistic of `resampled_sums`; None where it is not defined (0 / 0)."""
+    value, drawn = values_D[0], values_D[1:][np.isfinite(values_D[1:])]
+    if not np.isfinite(value):
+        return [None, None, None]
+    if not len(drawn):
+        return [float(value), None, None]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return [float(value), float(low), float(high)]
+
+
 def examine(
     chosen_N: Float[np.ndarray, "N"],
     rejected_N: Float[np.ndarray, "N"],

@@ -25,7 +25,7 @@ from steelyard.report.blocks import (
 )
 from steelyard.report.plots import Series
 from steelyard.report.read import Run, Stage
-from steelyard.report.records import RewardFile
+from steelyard.report.reward_records import AccuracyGroup, RewardFile
 
 Styles = Mapping[str, Style]
 _STEP = "training step"
@@ -60,6 +60,8 @@ def reward_section(run: Run, styles: Styles) -> Section | None:
     if run.reward is not None:
         blocks.extend(_calibration(run.reward, styles))
     intro = "One reward model for each way of treating the data, all else equal. Compare arms by their intervals."
+    if not run.rm:
+        intro = "How well each reward model orders the pairs. Compare models by their intervals."
     return Section("reward", "Reward models", intro, blocks)
 
 
@@ -189,6 +191,7 @@ def _calibration(reward: RewardFile, styles: Styles) -> list[Block]:
             for r in reward.reliability
             if r.arm == arm
             and r.set == name
+            and not reward.temperature  # else the health section shows it, beside the curve after scaling
             and (bins := [b for b in r.bins if b.n and b.confidence is not None and b.accuracy is not None])
         ]
         if series:
@@ -207,10 +210,10 @@ def _calibration(reward: RewardFile, styles: Styles) -> list[Block]:
             )
             reliability.append(Panel(f"Set: {name}", svg))
         series = [
-            Series([g.mean for g in groups], [g.accuracy for g in groups], styles[arm])
+            accuracy_line(r.groups, styles[arm])
             for arm in styles
             for r in reward.by_strength
-            if r.arm == arm and r.set == name and (groups := [g for g in r.groups if g.n and g.accuracy is not None])
+            if r.arm == arm and r.set == name and any(g.accuracy is not None for g in r.groups)
         ]
         if series:
             x = "group mean strength, reward units"
@@ -233,6 +236,14 @@ def _calibration(reward: RewardFile, styles: Styles) -> list[Block]:
         keys = arm_keys(styles, [r.arm for r in reward.by_strength])
         blocks.append(Figure("Accuracy by strength", reading, strength, keys))
     return blocks
+
+
+def accuracy_line(groups: Sequence[AccuracyGroup], style: Style) -> Series:
+    """Accuracy over the groups' means, with its intervals as a band where every group has one."""
+    held = [g for g in groups if g.n and g.accuracy is not None]
+    bounded = all(g.low is not None and g.high is not None for g in held)
+    low, high = ([g.low for g in held], [g.high for g in held]) if bounded else (None, None)
+    return Series([g.mean for g in held], [g.accuracy for g in held], style, low, high)
 
 
 def stage_samples(stages: Mapping[str, Stage]) -> list[Block]:

@@ -31,10 +31,11 @@ from steelyard.report.blocks import (
 )
 from steelyard.report.data_sections import pairs_section, strength_section
 from steelyard.report.feature_sections import feature_section
+from steelyard.report.health_sections import benchmark_section, health_section
 from steelyard.report.model_sections import reward_section, sft_section
 from steelyard.report.policy_sections import policy_section
 from steelyard.report.read import Run, read_run
-from steelyard.report.records import RewardRow
+from steelyard.report.reward_records import RewardRow
 from steelyard.report.seed_sections import contrastive_section, metarm_section
 
 _FOLD = 420
@@ -71,6 +72,8 @@ def render(run: Run) -> str:
         pairs_section(run),
         sft_section(run, styles),
         reward_section(run, styles),
+        health_section(run, styles),
+        benchmark_section(run, styles),
         contrastive_section(run, styles),
         metarm_section(run, styles),
         feature_section(run),
@@ -96,6 +99,8 @@ def _arms(run: Run) -> list[str]:
     if run.reward:
         names += [r.arm for r in run.reward.rows]
         names += [r.arm for r in run.reward.reliability] + [r.arm for r in run.reward.by_strength]
+    if run.benchmarks:
+        names += [r.arm for r in run.benchmarks.results]
     if run.policy:
         names += [p.arm for p in run.policy.arms] + [p.arm for p in run.policy.frontier]
         names += [p.arm for p in run.policy.difficulty]

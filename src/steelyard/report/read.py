@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from steelyard.errors import InputError
-from steelyard.report.records import PolicyFile, Record, RewardFile, RunFile, StrengthFile, SummaryFile
+from steelyard.report.records import PolicyFile, Record, RunFile, StrengthFile, SummaryFile
+from steelyard.report.reward_records import BenchmarkFile, RewardFile
 from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
 
 R = TypeVar("R", bound=Record)
@@ -71,6 +72,7 @@ class Run:
     rm: Mapping[str, Stage] = field(default_factory=dict)
     ppo: Mapping[str, Stage] = field(default_factory=dict)
     reward: RewardFile | None = None
+    benchmarks: BenchmarkFile | None = None
     policy: PolicyFile | None = None
     features: FeatureFile | None = None
     contrastive: ContrastiveFile | None = None
@@ -98,6 +100,7 @@ def read_run(path: Path) -> Run:
         rm=_stages(path, "rm", notes) or ({single.name: single} if single and kind == "rm" else {}),
         ppo=_stages(path, "ppo", notes) or ({single.name: single} if single and kind == "ppo" else {}),
         reward=_record(path / "examine" / "reward.json", RewardFile),
+        benchmarks=_record(path / "examine" / "benchmarks.json", BenchmarkFile),
         policy=_record(path / "evaluate" / "policy.json", PolicyFile),
         features=_record(path / "examine" / "features.json", FeatureFile),
         contrastive=_study(path, "contrastive", ContrastiveFile),
@@ -105,10 +108,10 @@ def read_run(path: Path) -> Run:
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    if not any((*found, run.contrastive, run.metarm)):
+    if not any((*found, run.benchmarks, run.contrastive, run.metarm)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
-            "examine/reward.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
+            "examine/reward.json, examine/benchmarks.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
         )
     return run
 

@@ -93,62 +93,6 @@ class StrengthFile(Record):
     detection: list[Detection] | None = None
 
 
-class RewardRow(Record):
-    """One reward model on one validation set, with the interval of its accuracy."""
-
-    arm: str
-    set: str
-    n: int
-    accuracy: float
-    low: float | None = None
-    high: float | None = None
-    nll: float | None = None
-    ece: float | None = None
-    margin_mean: float | None = None
-    reward_mean: float | None = None
-    reward_std: float | None = None
-
-
-class ReliabilityBin(Record):
-    """Pairs of similar confidence."""
-
-    confidence: float | None
-    accuracy: float | None
-    n: int
-
-
-class Reliability(Record):
-    """Reliability diagram of one reward model on one set."""
-
-    arm: str
-    set: str
-    bins: list[ReliabilityBin]
-
-
-class AccuracyGroup(Record):
-    """Pairs of similar strength."""
-
-    mean: float
-    accuracy: float | None
-    n: int
-
-
-class ByStrength(Record):
-    """Accuracy of one reward model on one set by strength of the pair."""
-
-    arm: str
-    set: str
-    groups: list[AccuracyGroup]
-
-
-class RewardFile(Record):
-    """examine/reward.json"""
-
-    rows: list[RewardRow] = Field(default_factory=list)
-    reliability: list[Reliability] = Field(default_factory=list)
-    by_strength: list[ByStrength] = Field(default_factory=list)
-
-
 class PolicyArm(Record):
     """One policy at the end of its training."""
 
