@@ -15,7 +15,7 @@ BASE = {"errors", "config", "types"}
 MATHS = {"losses", "strength", "denoise", "rewards", "advantages"}
 TOOLS = {"run_dir", "checkpoint", "parallel", "progress"}
 ROOMS = {"models", "data", "sampling"}
-WORK = {"train", "evaluate", "baselines", "rollout", "probe", "measure", "scorer", "iterate"}
+WORK = {"train", "evaluate", "baselines", "rollout", "probe", "measure", "members", "scorer", "iterate"}
 WORK |= {"ppo_settings", "actors", "watch"}
 MAY_IMPORT = {
     "errors": set(), "config": set(), "types": set(),

@@ -1,20 +1,28 @@
-"""Planted label flips are found, by both kinds of member and both ways of scoring."""
+"""Planted label flips are found, by every kind of member and both ways of scoring."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import tiny
 from conftest import Folders
+from steelyard.data.encode import Tree
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.measure import MemberConfig, StrengthConfig, check, measure
+from steelyard.members.config import LoraConfig
+from steelyard.members.lora import adapt
+from steelyard.members.run import member_tokens
+from steelyard.models.cache import TrunkCache
+from steelyard.models.reward import RewardModel
 from steelyard.strength import out_of_fold_plan
 from steelyard.train.optim import OptimConfig
 from steelyard.types import Strength
@@ -36,6 +44,15 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 
 
+LORA: dict[str, Any] = {
+    "backend": "lora", "members": 2, "workers": 1, "member": MemberConfig(epochs=2, batch_size=16),
+    "lora": LoraConfig(rank=4, alpha=8, lr=1e-2),
+}  # fmt: skip
+LAYERS: dict[str, Any] = FULL | {
+    "backend": "layers", "member": MemberConfig(epochs=2, batch_size=16, optim=OptimConfig(lr=3e-3), trainable_layers=1)
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "bar"),
     [
@@ -43,6 +60,10 @@ FULL: dict[str, Any] = {
         ({"backend": "head", "scoring": "out-of-fold", "members": 4, "folds": 2}, 0.85),
         (FULL | {"scoring": "in-sample"}, 0.9),
         (FULL | {"scoring": "out-of-fold", "folds": 2}, 0.9),
+        (LORA | {"scoring": "in-sample"}, 0.9),
+        (LORA | {"scoring": "out-of-fold", "folds": 2}, 0.9),
+        (LAYERS | {"scoring": "in-sample"}, 0.9),
+        (LAYERS | {"scoring": "out-of-fold", "folds": 2}, 0.8),
     ],
     ids=lambda v: f"{v['backend']}, {v['scoring']}" if isinstance(v, dict) else "",
 )
@@ -135,6 +156,15 @@ def test_other_preferences_than_those_of_the_file_are_refused_to_full_members(
         ({"backend": "full", "penalty": 0.1}, "penalty: no effect with backend = full"),
         ({"backend": "head", "member": MemberConfig(epochs=2)}, "member: no effect with backend = head"),
         ({"scoring": "in-sample", "folds": 5}, "folds: no effect with backend = head, scoring = in-sample"),
+        ({"backend": "full", "activation_cache": "c"}, "activation_cache: no effect with backend = full"),
+        ({"backend": "layers", "lora": LoraConfig(rank=4)}, "lora: no effect with backend = layers"),
+        ({"backend": "lora", "keep_members": True}, "keep_members: no effect with backend = lora"),
+        ({"backend": "lora", "member": MemberConfig(trainable_layers=1)}, r"member\.trainable_layers: no effect"),
+        (
+            {"backend": "lora", "member": MemberConfig(optim=OptimConfig(lr=1e-3))},
+            r"member\.optim\.lr \(set lora\.lr\)",
+        ),
+        ({"backend": "layers", "member": MemberConfig(trainable_layers=0)}, "must be at least 1 with backend = layers"),
     ],
 )
 def test_settings_without_effect_are_refused_by_name(
@@ -146,3 +176,99 @@ def test_settings_without_effect_are_refused_by_name(
     with pytest.raises(InputError, match=named):
         check(resolved)
     check(StrengthConfig.model_validate(configure(planted, "somewhere").model_dump()))
+
+
+def scores_of(folder: Path) -> np.ndarray:
+    found: np.ndarray = np.load(folder / "margins.npz")["scores"]
+    return found
+
+
+def test_layers_members_are_full_members_with_frozen_layers(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same members whether frozen layers are computed or read; both scorings pay for them once."""
+    computed: list[int] = []
+    prepare = TrunkCache.prepare
+
+    def watched(self: TrunkCache, *args: Any, **kwargs: Any) -> int:
+        computed.append(prepare(self, *args, **kwargs))
+        return computed[-1]
+
+    monkeypatch.setattr(TrunkCache, "prepare", watched)
+    preferences = load_preferences(planted["noisy"]).preferences
+    for scoring in ("in-sample", "out-of-fold"):
+        folds = {"folds": 2} if scoring == "out-of-fold" else {}
+        found = []
+        for backend in ("full", "layers"):
+            settings = LAYERS | {"backend": backend, "scoring": scoring} | folds
+            out = tmp_path / backend / scoring
+            measure(configure(planted, language_model("llama"), **settings), preferences, out, quiet=True)
+            found.append(scores_of(out))
+        np.testing.assert_allclose(*found, rtol=1e-2, atol=2e-3)
+        if scoring == "in-sample":
+            tokens = sum(computed)
+    costs = {
+        name: json.loads((tmp_path / name / "cost.json").read_text())
+        for name in ("full/in-sample", "layers/in-sample", "layers/out-of-fold")
+    }
+    assert sum(computed) == tokens == json.loads((tmp_path / "full/in-sample/result.json").read_text())["tokens"]
+    # One of two layers is frozen: a data set's pass through it costs half of its tokens, and only the first time.
+    assert costs["layers/in-sample"]["shared"]["tokens"] == tokens / 2
+    assert costs["layers/out-of-fold"]["shared"]["tokens"] == 0
+    # Two epochs: frozen half forward 2 times, top half 3 times 2; then judging, and the final scoring, both whole.
+    (full, _), (top, _) = costs["full/in-sample"]["members"], costs["layers/in-sample"]["members"]
+    assert full["tokens"] == pytest.approx(tokens * (2 / 2 + 3 * 2 / 2 + 2))
+    assert top["tokens"] == pytest.approx(tokens * (3 * 2 / 2 + 2 / 2))
+    assert all(m[key] > 0 for m in costs["full/in-sample"]["members"] for key in ("wall", "cpu", "memory"))
+
+
+def test_adapters_alone_are_trained_and_begin_as_no_change(language_model: Folders) -> None:
+    trees = [tiny_tree(i) for i in range(3)]
+    model = RewardModel.from_language_model(language_model("llama"), pad_id=tiny.PAD, seed=0)
+    before = model.score(trees, pad_id=tiny.PAD)
+    adapt(model, LoraConfig(rank=3), seed=0)
+    np.testing.assert_allclose(model.score(trees, pad_id=tiny.PAD), before, rtol=1e-4, atol=1e-5)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # Seven projections in each of two layers, A and B each, and the head.
+    assert len(trained) == 2 * 7 * 2 + 1
+    assert all("lora_" in n or "score" in n for n in trained)
+    # An adapter that is no longer zero must show in the scores: the trunk must not read the frozen weight alone.
+    for name, p in trained.items():
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert np.abs(model.score(trees, pad_id=tiny.PAD) - before).max() > 0.1
+    other = RewardModel.from_language_model(language_model("llama"), pad_id=tiny.PAD, seed=0)
+    adapt(other, LoraConfig(rank=3, targets=("q_proj", "v_proj")), seed=1)
+    drawn = {n: p for n, p in other.named_parameters() if "lora_A" in n}
+    assert len(drawn) == 4
+    assert all(not torch.equal(p, dict(model.named_parameters())[n]) for n, p in drawn.items())
+    with pytest.raises(InputError, match=r"lora\.targets"):
+        adapt(
+            RewardModel.from_language_model(language_model("llama"), pad_id=tiny.PAD, seed=0),
+            LoraConfig(targets=("x",)),
+            0,
+        )
+
+
+def tiny_tree(i: int) -> Tree:
+    return Tree((5 + i, 6, 7), ((8, 9 + i, 3), (10, 3)))
+
+
+def test_lora_without_peft_says_what_to_install(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    preferences = load_preferences(planted["noisy"]).preferences
+    with pytest.raises(InputError, match=r"needs the package peft.*steelyard\[lora\]"):
+        measure(configure(planted, language_model("llama"), **LORA), preferences, tmp_path / "s", quiet=True)
+    assert not (tmp_path / "s" / "config.json").exists()
+
+
+def test_tokens_of_adapters_and_of_whole_models(language_model: Folders, planted: dict[str, str]) -> None:
+    trees = [tiny_tree(0)] * 10  # 8 tokens each
+    model = language_model("llama")
+    full = configure(planted, model, **FULL | {"member": MemberConfig(epochs=1.5)})
+    # 1.5 passes at 3, judging of 4 pairs, and the final scoring of all 10.
+    assert member_tokens(full, trees, trees[:4]) == 1.5 * 80 * 3 + 32 + 80
+    lora = configure(planted, model, **LORA | {"member": MemberConfig(epochs=1.5)})
+    assert member_tokens(lora, trees, trees[:4]) == 1.5 * 80 * 2 + 32

@@ -1,89 +1,35 @@
 """Measure how strong each preference is: train M reward models, let them vote, write it all down.
 
 In-sample members saw the pairs they judge (the paper's way); out-of-fold members did not (the better practice
-for finding label errors). Two kinds of member: `full` fine-tunes the whole model, `head` fits linear heads on one
-pass of the frozen trunk (steelyard.probe).
+for finding label errors). What kinds of member there are stands in steelyard.members.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float
-from pydantic import Field
+from jaxtyping import Float
 
-from steelyard.baselines import fingerprint
-from steelyard.config import Config
-from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import OnInvalid, load_preferences
+from steelyard.data.encode import Encoder
+from steelyard.data.load import load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.models.reward import RewardModel
-from steelyard.models.trunk import Precision
-from steelyard.parallel import default_workers, run_jobs
-from steelyard.probe import Probes, bootstrap_rows, features, layer_choice
+from steelyard.members.config import MemberConfig as MemberConfig
+from steelyard.members.config import Scoring as Scoring
+from steelyard.members.config import StrengthConfig as StrengthConfig
+from steelyard.members.config import check as check
+from steelyard.members.config import held_out_plan as held_out_plan
+from steelyard.members.run import run_members
 from steelyard.run_dir import RunDir, write_json_atomic
-from steelyard.strength import (
-    ActionRule,
-    detection,
-    fit_temperature,
-    groups,
-    out_of_fold_plan,
-    summarise,
-)
-from steelyard.train.optim import OptimConfig
-from steelyard.train.reward import RewardConfig, train_reward
+from steelyard.strength import detection, fit_temperature, groups, summarise
 from steelyard.types import Preference, Strength
-
-Scoring = Literal["in-sample", "out-of-fold"]
-
-
-class MemberConfig(Config):
-    """How a full member is trained."""
-
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    batch_size: int = Field(32, ge=1, description="pairs a step")
-    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=5e-6), description="optimiser")
-    trainable_layers: int | None = Field(None, ge=0, description="train only this many top layers; none given: all")
-
-
-class StrengthConfig(Config):
-    """Preference strength by the vote of M reward models."""
-
-    data: str = Field(description="preferences to weigh")
-    model: str = Field(description="model folder that the members start from: the SFT model")
-    backend: Literal["full", "head"] = Field("head", description="kind of member: full fine-tuning, or linear heads")
-    scoring: Scoring = Field("out-of-fold", description="whether members judge pairs that they trained on")
-    members: int = Field(10, ge=1, description="M, the number of reward models; the paper uses 10")
-    folds: int = Field(
-        2, ge=2, description="out-of-fold: parts by prompt, dividing the members: each pair gets members / folds votes"
-    )
-    member: MemberConfig = Field(default_factory=MemberConfig, description="training of full members")
-    layers: int = Field(3, ge=1, description="head: this many layers of the upper half give features")
-    penalty: float | None = Field(
-        None, gt=0, description="head: inverse L2 penalty; none given: chosen by held-out loss"
-    )
-    temperature: float | None = Field(
-        None, gt=0, description="of p_flip; none given: fitted to held-out margins (out-of-fold) or 1 (in-sample)"
-    )
-    rule: ActionRule = Field(default_factory=ActionRule, description="when to suggest what")
-    keep_members: bool = Field(False, description="keep the full members' models on disk")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and one response together")
-    on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer pairs")
-    on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
-    max_tokens: int = Field(4096, ge=16, description="padded tokens computed at once (memory, not results)")
-    precision: Precision = Field("float32", description="arithmetic of the trunk")
-    workers: int | None = Field(None, ge=1, description="full members trained side by side; none given: one per CPU")
-    seed: int = Field(0, ge=0, description="member m uses seed + m")
 
 
 def measure(
@@ -98,8 +44,9 @@ def measure(
 ) -> list[Strength | None]:
     """The strength of each preference (None where it could not be tokenised), in order.
 
-    Leaves in `out`: strength.parquet, margins.npz (members' scores), result.json. `truth` (1 right, -1 wrong,
-    0 tie, by id) and `noise` (what made it wrong) are compared with the outcome and never used before.
+    Leaves in `out`: strength.parquet, margins.npz (members' scores), cost.json (members.cost.Cost), result.json.
+    `truth` (1 right, -1 wrong, 0 tie, by id) and `noise` (what made it wrong) are compared with the outcome and never
+    used before.
     """
     check(config)
     began = time.perf_counter()
@@ -114,12 +61,12 @@ def measure(
             scores = np.load(out / "margins.npz")["scores"]
         else:
             run.restore()
-            if config.backend == "full":
+            if config.backend != "head":
                 _check_same(config, preferences)
-            if config.backend == "head":
-                scores = _head_scores(config, encoder, encoded.trees, keys, plan, out, quiet)
-            else:
-                scores = _full_scores(config, encoder, encoded.trees, encoded.index, plan, out, quiet)
+            scores, shared, members = run_members(
+                config, encoder, encoded.trees, encoded.index, keys, plan, out, quiet=quiet
+            )
+            write_json_atomic(out / "cost.json", {"shared": asdict(shared), "members": [asdict(c) for c in members]})
             _save_scores(out / "margins.npz", scores, encoded.index)
         margins = scores[..., 0] - scores[..., 1]
         temperature = config.temperature or _temperature(config, margins)
@@ -144,32 +91,13 @@ def measure(
     return strengths
 
 
-def check(config: StrengthConfig) -> None:
-    """Raise InputError for settings that would have no effect."""
-    idle = {"layers", "penalty"} if config.backend == "full" else {"member", "keep_members", "workers"}
-    if config.scoring == "in-sample":
-        idle |= {"folds"}
-    if given := idle & config.given():
-        raise InputError(
-            f"{', '.join(sorted(given))}: no effect with backend = {config.backend}, scoring = {config.scoring}; "
-            "leave it out"
-        )
-
-
 def _check_same(config: StrengthConfig, preferences: Sequence[Preference]) -> None:
-    """Full members read the file themselves: with other pairs in hand, they would judge what they trained on."""
+    """Members that are trained read the file themselves: with other pairs, they would judge what they trained on."""
     if load_preferences(config.data, on_invalid=config.on_invalid).preferences != list(preferences):
         raise InputError(
-            f"preferences must be those of {config.data} with backend = full; write yours with write_preferences and "
-            "name that file as data"
+            f"preferences must be those of {config.data} with backend = {config.backend}; write yours with "
+            "write_preferences and name that file as data"
         )
-
-
-def held_out_plan(config: StrengthConfig, keys: Sequence[str]) -> Bool[np.ndarray, "M N"] | None:
-    """Which member scores which pair; None in-sample, where every member scores every pair."""
-    if config.scoring == "in-sample":
-        return None
-    return out_of_fold_plan(keys, members=config.members, folds=config.folds, seed=config.seed)
 
 
 def describe(
@@ -283,100 +211,6 @@ def _temperature(config: StrengthConfig, margins_MN: Float[np.ndarray, "M N"]) -
     except InputError:
         # Held-out margins that carry no signal, or no error: the scale of a Bradley-Terry model is the honest one.
         return 1.0
-
-
-def _head_scores(
-    config: StrengthConfig,
-    encoder: Encoder,
-    trees: list[Tree],
-    keys: list[str],
-    plan: Bool[np.ndarray, "M N"] | None,
-    out: Path,
-    quiet: bool,
-) -> Float[np.ndarray, "M N 2"]:
-    model = RewardModel.from_language_model(
-        config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
-    )
-    chosen = layer_choice(model.hf.config.get_text_config().num_hidden_layers, config.layers)
-    # Beside the run's folder, so that both scorings of one data set share the pass.
-    key = hashlib.sha256(repr((fingerprint(config.model), chosen, config.precision, trees)).encode()).hexdigest()[:16]
-    cache = out.parent / f"features-{key}.npy"
-    table = features(model, trees, chosen, cache, pad_id=encoder.pad_id, max_tokens=config.max_tokens, quiet=quiet)
-    probes = Probes(table)
-    N = len(trees)
-    penalty = config.penalty
-    if penalty is None:
-        held_out = out_of_fold_plan(keys, members=2, folds=2, seed=config.seed)[0] if plan is None else plan[0]
-        penalty = probes.choose_penalty(held_out, config.seed)
-    scores = np.full((config.members, N, 2), np.nan, dtype=np.float32)
-    for m in range(config.members):
-        train = bootstrap_rows(keys, config.seed + m) if plan is None else np.flatnonzero(~plan[m])
-        judged = np.arange(N) if plan is None else np.flatnonzero(plan[m])
-        scores[m, judged] = probes.scores(probes.fit(train, penalty, config.seed + m), judged)
-    write_json_atomic(out / "probe.json", {"layers": chosen, "penalty": penalty, "features": table.shape[-1]})
-    return scores
-
-
-def _full_scores(
-    config: StrengthConfig,
-    encoder: Encoder,
-    trees: list[Tree],
-    index: list[int],
-    plan: Bool[np.ndarray, "M N"] | None,
-    out: Path,
-    quiet: bool,
-) -> Float[np.ndarray, "M N 2"]:
-    jobs = []
-    for m in range(config.members):
-        held_out = None if plan is None else np.flatnonzero(plan[m])
-        train = None if plan is None else [index[i] for i in np.flatnonzero(~plan[m])]
-        judged = trees if held_out is None else [trees[i] for i in held_out]
-        jobs.append((config, m, train, judged, encoder.pad_id, out / "members" / f"{m:02d}"))
-    results = run_jobs(
-        full_member,
-        jobs,
-        workers=min(config.workers or default_workers(), config.members),
-        labels=[f"member {m}" for m in range(config.members)],
-        on_done=None if quiet else lambda m, _: print(f"  member {m + 1} of {config.members} done", flush=True),
-    )
-    scores = np.full((config.members, len(trees), 2), np.nan, dtype=np.float32)
-    for m, judged_scores in enumerate(results):
-        scores[m, slice(None) if plan is None else np.flatnonzero(plan[m])] = judged_scores
-    return scores
-
-
-def full_member(
-    config: StrengthConfig, m: int, train: list[int] | None, judged: list[Tree], pad_id: int, out: Path
-) -> Float[np.ndarray, "n 2"]:
-    """Train member m (its own head and order of data) and score; picks up where an interrupted one stopped."""
-    done = out.with_suffix(".npy")
-    if done.exists():
-        scores: np.ndarray = np.load(done)
-        return scores
-    settings = RewardConfig(
-        data=config.data,
-        model=config.model,
-        epochs=config.member.epochs,
-        batch_size=config.member.batch_size,
-        optim=config.member.optim,
-        trainable_layers=config.member.trainable_layers,
-        max_length=config.max_length,
-        on_overlong=config.on_overlong,
-        on_invalid=config.on_invalid,
-        max_tokens=config.max_tokens,
-        precision=config.precision,
-        seed=config.seed + m,
-    )
-    train_reward(settings, out, resume=out.exists(), quiet=True, rows=train)
-    model = RewardModel.load(out / "model", precision=config.precision)
-    scores = model.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)
-    temporary = done.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, scores)
-    temporary.replace(done)
-    if not config.keep_members:
-        shutil.rmtree(out)
-    return scores
 
 
 def _save_scores(path: Path, scores: Float[np.ndarray, "M N 2"], index: Sequence[int]) -> None:

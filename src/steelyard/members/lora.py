@@ -1,0 +1,77 @@
+"""`lora` members: low-rank adapters and a head over one frozen trunk (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from steelyard.data.encode import Encoder, Tree
+from steelyard.errors import InputError
+from steelyard.members.config import LoraConfig, StrengthConfig
+from steelyard.models.reward import RewardModel
+from steelyard.train.optim import batches, set_rate, total_steps
+from steelyard.train.reward import RewardConfig, read_pairs, reward_step
+
+
+def require_peft() -> Any:
+    """The peft package. Raises InputError if it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(
+            "backend = lora needs the package peft, which is not installed: pip install 'steelyard[lora]', or use the "
+            "backend head or layers"
+        ) from None
+    return peft
+
+
+def adapt(model: RewardModel, config: LoraConfig, seed: int) -> None:
+    """Freeze the trunk and put adapters into it, in place; they begin as no change at all (B = 0, A from the seed).
+
+    Raises InputError if the model has no projection of a name in `targets`, or peft is not installed.
+    """
+    peft = require_peft()
+    targets = "all-linear" if config.targets is None else list(config.targets)
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(settings, model.trunk)
+        except ValueError as error:
+            raise InputError(f"lora.targets: {error}") from None
+    adapters = 0
+    for name, parameter in model.trunk.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        adapters += "lora_" in name
+    if not adapters:
+        raise InputError(f"lora.targets: {type(model.trunk).__name__} has no projection named {targets}")
+
+
+def lora_member(
+    config: StrengthConfig, m: int, train: list[int] | None, judged: list[Tree], pad_id: int, out: Path
+) -> Float[np.ndarray, "n 2"]:
+    """Train member m on the pairs `train` (None: all), and score. One that was interrupted begins anew."""
+    seed = config.seed + m
+    encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
+    model = RewardModel.from_language_model(config.model, pad_id=pad_id, seed=seed, precision=config.precision)
+    model.eval()
+    adapt(model, config.lora, seed)
+    pairs, trees = read_pairs(config.data, encoder, train, on_invalid=config.on_invalid)
+    settings = RewardConfig(data=config.data, model=config.model, max_tokens=config.max_tokens)
+    member = config.member
+    optim = member.optim.model_copy(update={"lr": config.lora.lr})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.build(trained)
+    steps = total_steps(len(trees), member.batch_size, member.epochs)
+    for step, chosen in enumerate(batches(len(trees), member.batch_size, seed, 0, steps)):
+        set_rate(optimizer, optim.rate(step, steps))
+        reward_step(model, [pairs[i] for i in chosen], [trees[i] for i in chosen], encoder, settings)
+        nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)
