@@ -325,7 +325,7 @@ def _answer(
 
 
 def _frontier(policy: PolicyConfig, out: Path) -> list[dict[str, Any]]:
-    """Gold and (normalised) proxy reward by KL, along each PPO run."""
+    """Gold and (normalised) proxy reward by KL (at temperature 1, as in the examination), along each PPO run."""
     points = []
     for name in policy.arms:
         folder = out / "ppo" / name
@@ -338,7 +338,7 @@ def _frontier(policy: PolicyConfig, out: Path) -> list[dict[str, Any]]:
                 {
                     "arm": name,
                     "step": m["step"],
-                    "kl": m["ppo/kl"],
+                    "kl": m["ppo/kl_plain"],
                     "gold": m.get("ppo/gold"),
                     "proxy": (m["ppo/reward_raw"] - mean) / std,
                 }

@@ -42,7 +42,7 @@ def add_adapters(hf: Any, config: LoraConfig, *, seed: int) -> None:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError:
-        raise InputError("lora: needs the package peft; install it with: pip install 'steelyard[peft]'") from None
+        raise InputError("lora: needs the package peft; install it with: pip install 'steelyard[lora]'") from None
     if config.rank is None or has_adapters(hf):
         raise ValueError("adapters need a rank, and a model without adapters")
     settings = PeftConfig(
