@@ -37,6 +37,7 @@ HELP = {
     "evaluate features": ["--models", "--data", "--drawn", "--perplexity", "--folds", "--out"],
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
+    "study data": ["--out", "--resume", "--set"],
     "report": ["--out"],
     "run": ["--out", "--resume", "--set"],
 }

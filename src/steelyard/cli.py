@@ -27,6 +27,7 @@ VERBS = {
     "evaluate policy": "examine policies: gold, proxy, KL, win / tie / lose",
     "evaluate features": "how far the features of chosen and rejected responses lie apart, with t-SNE pictures",
     "study contrastive": "contrastive learning against its control, arms by seeds: a YAML file, resumable",
+    "study data": "what kinds of preference data do and what repairs are worth: a YAML file, resumable",
     "study metarm": "MetaRM against its controls on the small world, arms by seeds: a YAML file, resumable",
     "report": "one self-contained HTML page from a run folder",
     "run": "a whole recipe from a YAML file, resumable",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 from pydantic import Field
@@ -37,6 +37,8 @@ from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
 from steelyard.stages import prompts_that_fit, truth_column
 from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
+from steelyard.study.data import run_data_study
+from steelyard.study.data_config import DataStudy
 from steelyard.study.metarm import MetaRMStudy, run_metarm
 from steelyard.summary import describe_run, tables
 from steelyard.train.metarm import MetaRMConfig, train_metarm
@@ -44,6 +46,7 @@ from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
 
+C = TypeVar("C", bound=Config)
 Args = Sequence[str]
 OUT: Any = (Path, tyro.MISSING, "folder to write to")
 RESUME: Any = (bool, False, "go on with the run that the folder holds")
@@ -66,24 +69,24 @@ def run(args: Args) -> None:
 
 
 def _run(path: Path, args: Args, verb: str, out: Path | None) -> None:
+    recipe, extra = _from_file(Recipe, path, args, verb, VERBS[verb.split()[0]], out)
+    summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
+    page = build_report(extra.out)
+    _show(summary["tables"])
+    print(f"\nreport: {page}")
+
+
+def _from_file(config: type[C], path: Path, args: Args, verb: str, about: str, out: Path | None) -> tuple[C, Any]:
+    """(settings of the YAML file with the changes of --set, --out and --resume)."""
+
     class RunOptions(Config):
         """Where to, and changes of single settings."""
 
         set: tuple[str, ...] = Field((), description="changes such as `policy.ppo.steps=20` (values in YAML)")
 
-    options, extra = parse(
-        RunOptions,
-        args,
-        verb=verb,
-        about=VERBS[verb.split()[0]],
-        out=(Path, tyro.MISSING if out is None else out, "folder to write to"),
-        resume=RESUME,
-    )
-    recipe = checked(Recipe, override(read_yaml(path), options.set), lambda f: f"{path.name}: {f}")
-    summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
-    page = build_report(extra.out)
-    _show(summary["tables"])
-    print(f"\nreport: {page}")
+    where = (Path, tyro.MISSING if out is None else out, "folder to write to")
+    options, extra = parse(RunOptions, args, verb=verb, about=about, out=where, resume=RESUME)
+    return checked(config, override(read_yaml(path), options.set), lambda f: f"{path.name}: {f}"), extra
 
 
 class AuditConfig(StrengthConfig):
@@ -304,6 +307,21 @@ def study(config_type: type[Config], function: Callable[..., dict[str, Any]], ve
     return command
 
 
+def study_data(args: Args) -> None:
+    """The analyses of Secrets of RLHF II on one data set."""
+    verb = "study data"
+    if not args or args[0].startswith("-"):
+        if "-h" in args or "--help" in args:
+            _from_file(DataStudy, Path(), ["--help"], f"{verb} STUDY.yaml", VERBS[verb], None)
+        raise InputError("name the study: `steelyard study data study.yaml --out runs/name`")
+    config, extra = _from_file(DataStudy, Path(args[0]), args[1:], f"{verb} STUDY.yaml", VERBS[verb], None)
+    found = run_data_study(config, extra.out, resume=extra.resume, command=command_line())
+    page = build_report(extra.out)
+    _show(json.loads((extra.out / "summary.json").read_text())["tables"])
+    print("\n" + "\n".join(found.get("findings", [])))
+    print(f"\nreport: {page}")
+
+
 def _new(path: Path) -> Path:
     """A file that can be written. Raises InputError if it is there: results are never overwritten."""
     if path.exists():
@@ -361,6 +379,7 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "evaluate policy": evaluate_policy,
     "evaluate features": evaluate_features,
     "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
+    "study data": study_data,
     "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
     "report": report,
     "run": run,

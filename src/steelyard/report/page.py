@@ -37,6 +37,7 @@ from steelyard.report.policy_sections import policy_section
 from steelyard.report.read import Run, read_run
 from steelyard.report.reward_records import RewardRow
 from steelyard.report.seed_sections import contrastive_section, metarm_section
+from steelyard.report.study_sections import arms_section, kinds_section
 
 _FOLD = 420
 _HERE = Path(__file__).parent
@@ -76,6 +77,8 @@ def render(run: Run) -> str:
         benchmark_section(run, styles),
         contrastive_section(run, styles),
         metarm_section(run, styles),
+        arms_section(run),
+        kinds_section(run),
         feature_section(run),
         policy_section(run, styles),
         _made_section(run),
@@ -136,6 +139,7 @@ def _summary_section(run: Run, styles: Mapping[str, Style]) -> Section:
     for one in run.summary.tables if run.summary else ():
         tables.append(free_table(one.title, one.columns, one.rows, one.note or ""))
     sentences = [*_data_sentences(run), *_reward_sentences(run), *_policy_sentences(run)]
+    sentences += run.data_study.findings if run.data_study else []
     intro = " ".join(sentences) or "What this folder holds is shown below."
     return Section("summary", "Summary", intro, tables, _tiles(run), arm_keys(styles, styles))
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from steelyard.errors import InputError
+from steelyard.report.data_study_records import DataStudyFile
 from steelyard.report.records import PolicyFile, Record, RunFile, StrengthFile, SummaryFile
 from steelyard.report.reward_records import BenchmarkFile, RewardFile
 from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
@@ -77,6 +78,7 @@ class Run:
     features: FeatureFile | None = None
     contrastive: ContrastiveFile | None = None
     metarm: MetaRMFile | None = None
+    data_study: DataStudyFile | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -105,10 +107,11 @@ def read_run(path: Path) -> Run:
         features=_record(path / "examine" / "features.json", FeatureFile),
         contrastive=_study(path, "contrastive", ContrastiveFile),
         metarm=_study(path, "metarm", MetaRMFile),
+        data_study=_study(path, "data", DataStudyFile),
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    if not any((*found, run.benchmarks, run.contrastive, run.metarm)):
+    if not any((*found, run.benchmarks, run.contrastive, run.metarm, run.data_study)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
             "examine/reward.json, examine/benchmarks.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
