@@ -222,7 +222,8 @@ def test_views_differ_with_dropout_and_are_identical_without(family: str, reward
             rewards: torch.Tensor = model(batch)
             return rewards
 
-    assert torch.equal(view(0.0, 1), plain)
+    # Layers that are hooked run their own code, which rounds otherwise.
+    torch.testing.assert_close(view(0.0, 1), plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(view(0.05, 1), view(0.05, 1))
     assert (view(0.05, 1) != view(0.05, 2)).all()
     assert (view(0.05, 1) != plain).all()

@@ -13,13 +13,15 @@ from torch import Tensor
 
 import tiny
 from conftest import Folders
-from steelyard.data.collate import collate
+from steelyard.data.collate import TreeBatch, collate
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.losses.preference import bradley_terry
-from steelyard.models.load import open_model, run_trunk
+from steelyard.models import trunk
+from steelyard.models.load import open_model
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel, is_reward_model
+from steelyard.models.trunk import run_trunk
 
 
 def draw_trees(*, n: int = 5, k: int = 2, seed: int = 0) -> list[Tree]:
@@ -269,3 +271,70 @@ def test_a_scratch_model_follows_its_seed(tmp_path: Path) -> None:
     again = PolicyModel.load(tmp_path / "m")
     batch = collate(TREES, tiny.PAD)
     assert torch.equal(again(batch).plain_BKR, models[0](batch).plain_BKR)
+
+
+def step(model: RewardModel, batch: TreeBatch) -> list[Tensor]:
+    """Rewards, and the gradient of a loss on them."""
+    model.zero_grad()
+    rewards = model(batch)
+    (rewards[:, 0] - rewards[:, 1]).square().sum().backward()
+    return [rewards.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_written_out_layers_give_the_numbers_and_gradients_of_the_models_own_code(
+    family: str, reward_model: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = RewardModel.load(reward_model(family))
+    batch = collate(TREES, tiny.PAD)
+    ours = step(model, batch)
+    monkeypatch.setattr(trunk, "_plain", lambda layer: False)
+    for found, expected in zip(ours, step(model, batch), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_scored_tokens_alone_have_the_states_they_have_among_all(family: str, reward_model: Folders) -> None:
+    model = RewardModel.load(reward_model(family))
+    batch = collate(TREES, tiny.PAD)
+    everything = run_trunk(model.trunk, batch).states_TD[batch.last_BK.flatten()]
+    alone = run_trunk(model.trunk, batch, scored_only=True).states_TD
+    torch.testing.assert_close(alone, everything, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trunk_run_in_two_parts_is_the_trunk(reward_model: Folders) -> None:
+    model = RewardModel.load(reward_model("llama"))
+    batch = collate(TREES, tiny.PAD)
+    below = run_trunk(model.trunk, batch, last=1, collect=[0, 1])
+    whole = run_trunk(model.trunk, batch, collect=[1])
+    torch.testing.assert_close(whole.collected[1], below.states_TD)
+    torch.testing.assert_close(
+        run_trunk(model.trunk, batch, first=1, states_TD=below.states_TD).states_TD, whole.states_TD
+    )
+
+
+def test_bfloat16_products_keep_float32_weights_states_and_gradients(reward_model: Folders) -> None:
+    folder = reward_model("llama")
+    exact, rough = RewardModel.load(folder), RewardModel.load(folder, precision="bfloat16")
+    batch = collate(TREES, tiny.PAD)
+    assert run_trunk(rough.trunk, batch, "bfloat16").states_TD.dtype == torch.float32
+    expected, found = step(exact, batch), step(rough, batch)
+    assert all(g.dtype == torch.float32 for g in found)
+    a, b = (torch.cat([x.flatten() for x in xs[1:]]) for xs in (expected, found))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
+    torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.05)
+
+
+def test_long_texts_are_attended_in_pieces(reward_model: Folders) -> None:
+    """Prompts and responses longer than a piece of queries, against plain transformers."""
+    folder = reward_model("llama")
+    generator = torch.Generator().manual_seed(0)
+
+    def text(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 20, (n,), generator=generator).tolist())
+
+    model = RewardModel.load(folder)
+    with torch.no_grad():
+        for trees in ([Tree(text(290), (text(150), text(131)))], [Tree(text(129), (text(128), text(1))), TREES[0]]):
+            expected = plain_scores(model.hf, trees)
+            torch.testing.assert_close(model(collate(trees, tiny.PAD)), expected, rtol=1e-3, atol=1e-4)

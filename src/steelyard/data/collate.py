@@ -8,7 +8,7 @@ own response only, so each response gets exactly the numbers it would get in a s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +48,8 @@ class TreeBatch:
     `response_BKR` are the response tokens, valid where `mask_BKR`; `at_BKR` is each one's place in the row and
     `before_BKR` the place of the token that precedes it in its own sequence (for a response's first token the
     prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at which the
-    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them.
+    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them. In
+    `scored_blocks` the queries are the B K scored tokens alone, numbered from 0 in the order of `last_BK`.
     """
 
     ids_T: Int[Tensor, "T"]
@@ -61,6 +62,7 @@ class TreeBatch:
     before_BKR: Int[Tensor, "B K R"]
     last_BK: Int[Tensor, "B K"]
     blocks: tuple[AttentionBlock, ...]
+    scored_blocks: tuple[AttentionBlock, ...]
 
     @property
     def tokens(self) -> int:
@@ -85,6 +87,7 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
     mask, before = np.zeros((B, K, R), dtype=bool), np.zeros((B, K, R), dtype=np.int64)
     last = np.zeros((B, K), dtype=np.int64)
     segments: list[_Segment] = []
+    scored: list[_Segment] = []
     start = 0
     for b, tree in enumerate(trees):
         P, root = len(tree.prompt), start
@@ -96,6 +99,7 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
         for k, tokens in enumerate(tree.responses):
             n = len(tokens)
             segments += _pieces(root, P, start, n)
+            scored.append(_Segment(root, P, start, n - 1, 1))
             ids += tokens
             positions.append(np.arange(P, P + n))
             branch_of.append(np.full(n, k + 1))
@@ -122,6 +126,7 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
         before_BKR=tensor(before),
         last_BK=tensor(last),
         blocks=tuple(_block(group, device) for group in _similar(segments)),
+        scored_blocks=tuple(_renumber(_block(group, device), last) for group in _similar(scored)),
     )
 
 
@@ -168,6 +173,12 @@ def _block(segments: Sequence[_Segment], device: torch.device | str) -> Attentio
     attend = key[:, None, :] <= (P + place)[:, :, None]
     arrays = (start + place, keys, query < n, attend)
     return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
+
+
+def _renumber(block: AttentionBlock, last_BK: Int[np.ndarray, "B K"]) -> AttentionBlock:
+    """The block with its queries numbered among the scored tokens; their places rise in the row."""
+    number = torch.searchsorted(torch.from_numpy(last_BK.ravel()).to(block.queries_nQ.device), block.queries_nQ)
+    return replace(block, queries_nQ=number)
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -15,29 +15,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steelyard.data.collate import AttentionBlock, TreeBatch
+from steelyard.models.regions import PLAIN, Regions
 
 
 def tree_attention(
-    query_THd: Float[Tensor, "T H d"],
+    query_THd: Float[Tensor, "Q H d"],
     key_TGd: Float[Tensor, "T G d"],
     value_TGd: Float[Tensor, "T G d"],
     batch: TreeBatch,
     scale: float,
-) -> Float[Tensor, "T H d"]:
+    do: Regions = PLAIN,
+    *,
+    blocks: tuple[AttentionBlock, ...] | None = None,
+) -> Float[Tensor, "Q H d"]:
     """softmax(scale q k') v, each token over its prompt and its own response up to itself.
 
-    H heads share G key-value heads (H a multiple of G). The result has the query's dtype.
+    All T tokens are queries, unless `blocks` number others (on a CPU). H heads share G key-value heads (H a multiple
+    of G). The result has the query's dtype.
     """
     if query_THd.device.type == "cuda":
         return _flex(query_THd, key_TGd, value_TGd, batch, scale)
-    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, batch.blocks, scale)
+    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, blocks or batch.blocks, scale, do)
     return out
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[AttentionBlock, ...], scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: tuple[AttentionBlock, ...],
+        scale: float,
+        do: Regions,
     ) -> Tensor:
         out = torch.empty_like(query)
         lse = []
@@ -49,7 +60,7 @@ class _TreeAttention(torch.autograd.Function):
             _put(out, block, o.transpose(1, 2))
             lse.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks, ctx.scale, ctx.do = blocks, scale, do
         return out
 
     @staticmethod
@@ -60,8 +71,8 @@ class _TreeAttention(torch.autograd.Function):
         dk, dv = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
         delta_TH = (g.float() * out.float()).sum(-1)
         for block, log_sum in zip(ctx.blocks, lse, strict=True):
-            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
-        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
+            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv), ctx.do)
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None, None
 
 
 def _block_backward(
@@ -74,6 +85,7 @@ def _block_backward(
     block: AttentionBlock,
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
+    do: Regions,
 ) -> None:
     """Add one block's gradients. Heads of a group are stacked along the queries, so that keys are used as they are."""
     n, Q = block.queries_nQ.shape
@@ -90,15 +102,15 @@ def _block_backward(
     k, v = (_heads(x, block.keys_nS).reshape(n * G, S, d) for x in (key, value))
     delta = delta_TH[block.queries_nQ.flatten()].view(n, Q, H).transpose(1, 2).reshape(n, H, Q, 1)
     # Padded queries get no weight at all, so nothing flows from them.
-    hidden = ~(block.attend_nQS & block.real_nQ[..., None])[:, None]
-    scores = torch.bmm(q, k.transpose(1, 2)).view(n, H, Q, S).float()
-    p = scores.mul_(scale).sub_(lse_nHQ[..., None]).masked_fill_(hidden, -torch.inf).exp_()
-    ds = torch.bmm(grad, v.transpose(1, 2)).view(n, H, Q, S).float().sub_(delta).mul_(p).mul_(scale)
-    p16, ds16 = (x.to(query.dtype).view(n * G, rep * Q, S) for x in (p, ds))
+    visible = (block.attend_nQS & block.real_nQ[..., None])[:, None]
+    scores, dp = (torch.bmm(x, y.transpose(1, 2)).view(n, H, Q, S) for x, y in ((q, k), (grad, v)))
+    p, ds = (
+        x.view(n * G, rep * Q, S) for x in do.softmax_gradient(scores, dp, lse_nHQ[..., None], delta, visible, scale)
+    )
     dq, dk, dv = into
-    dq_nHQd = torch.bmm(ds16, k).view(n, H, Q, d)
+    dq_nHQd = torch.bmm(ds, k).view(n, H, Q, d)
     _put(dq, block, dq_nHQd.transpose(1, 2))
-    for target, left, right in ((dk, ds16, q), (dv, p16, grad)):
+    for target, left, right in ((dk, ds, q), (dv, p, grad)):
         part = torch.bmm(left.transpose(1, 2), right).view(n, G, S, d).transpose(1, 2).reshape(n * S, G, d)
         target.index_add_(0, block.keys_nS.flatten(), part.float())
 

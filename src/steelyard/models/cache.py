@@ -137,8 +137,9 @@ class TrunkCache:
         """What `model(collate(trees))` gives, with the gradient of the layers above the cut."""
         model = self.model
         batch = collate(trees, pad_id, model.head.weight.device)
-        top = run_trunk(model.trunk, batch, model.precision, first=self.cut, states_TD=self.states(trees)).states_TD
-        rewards: Tensor = model.head(top[batch.last_BK].float()).squeeze(-1)
+        states = self.states(trees)
+        top = run_trunk(model.trunk, batch, model.precision, first=self.cut, states_TD=states, scored_only=True)
+        rewards: Tensor = model.head(top.states_TD.view(*batch.last_BK.shape, -1).float()).squeeze(-1)
         return rewards
 
     @torch.no_grad()

@@ -68,7 +68,8 @@ class RewardModel(nn.Module):
 
     def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
         """The last layer at each response's last token, float32."""
-        return run_trunk(self.trunk, batch, self.precision).states_TD[batch.last_BK].float()
+        states = run_trunk(self.trunk, batch, self.precision, scored_only=True).states_TD
+        return states.view(*batch.last_BK.shape, -1).float()
 
     def forward(self, batch: TreeBatch) -> Float[Tensor, "B K"]:
         """Raw rewards, float32."""

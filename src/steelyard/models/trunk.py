@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,12 +21,24 @@ from torch import Tensor, nn
 from steelyard.data.collate import TreeBatch
 from steelyard.errors import InputError
 from steelyard.models.attention import tree_attention
+from steelyard.models.regions import PLAIN, Regions, compiled
 
 Precision = Literal["float32", "bfloat16"]
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _ATTENTION = "steelyard_trees"
+_regions: ContextVar[Regions] = ContextVar("regions", default=PLAIN)
+
+
+@contextlib.contextmanager
+def compiling(on: bool) -> Iterator[None]:
+    """Inside, Llama-like layers run with compiled pointwise parts. Raises InputError without a C++ compiler."""
+    token = _regions.set(compiled() if on else PLAIN)
+    try:
+        yield
+    finally:
+        _regions.reset(token)
 
 
 class TrunkOutput(NamedTuple):
@@ -50,8 +63,9 @@ def run_trunk(
     states_TD: Float[Tensor, "T D"] | None = None,
     last: int | None = None,
     collect: Sequence[int] = (),
+    scored_only: bool = False,
 ) -> TrunkOutput:
-    """The states of every token of the batch.
+    """The states of every token of the batch, or with `scored_only` of the B K scored tokens, in their order.
 
     `first` with `states_TD` starts before layer `first` (0-based) from these states; `last` stops before layer `last`
     and leaves out the final norm.
@@ -62,24 +76,38 @@ def run_trunk(
     if not in_parts(trunk):
         if first or states_TD is not None or last is not None:
             raise InputError(f"{type(trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts")
-        return _whole(trunk, batch, precision, collect)
+        whole = _whole(trunk, batch, precision, collect)
+        return TrunkOutput(whole.states_TD[batch.last_BK.flatten()], whole.collected) if scored_only else whole
     parts: Any = trunk
     depth = len(parts.layers)
     x = parts.embed_tokens(batch.ids_T) if states_TD is None else states_TD
     # bfloat16 tables would put a token's position off by several places.
     cos, sin = (t[0] for t in parts.rotary_emb(x[None].float(), batch.positions_T[None]))
+    do = _regions.get()
     collected = {}
+    rest: Tensor | None = None  # what the layer before has yet to add to x
     for number in range(first, depth if last is None else last):
+        layer = parts.layers[number]
+        plain = _plain(layer)
+        if rest is not None and (number in collect or not plain):
+            x, rest = x + rest, None
         if number in collect:
             collected[number] = x
-        layer = parts.layers[number]
-        if _plain(layer):
-            x = _layer(layer, x, cos, sin, batch, precision)
-        else:
+        if not plain:
             x = _own_code(trunk, layer, x, cos, sin, batch, precision)
+            continue
+        norm = _norm_of(layer.input_layernorm, precision)
+        x, h = (x, do.norm(x, *norm)) if rest is None else do.add_norm(x, rest, *norm)
+        # Behind the last attention only the scored tokens' states are read.
+        few = scored_only and number == depth - 1 and depth not in collect and x.device.type == "cpu"
+        x, rest = _layer(layer, x, h, (cos, sin), batch, precision, do, batch.last_BK.flatten() if few else None)
+    if rest is not None:
+        x = x + rest
     if last is None:
         if depth in collect:
             collected[depth] = x
+        if scored_only and len(x) == batch.tokens:
+            x = x[batch.last_BK.flatten()]
         x = parts.norm(x)
     return TrunkOutput(x, collected)
 
@@ -126,34 +154,40 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, batch: TreeBatch, precision: Precision) -> Tensor:
+def _layer(
+    layer: Any,
+    x: Tensor,
+    h: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    batch: TreeBatch,
+    precision: Precision,
+    do: Regions,
+    only: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(states, what the MLP adds to them); the addition is left to the next layer's norm. `h`: the normed states.
+
+    `only` are the scored tokens where nothing else is wanted: all tokens are keys, these alone are queries.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     d = attention.head_dim
-    h = _norm(layer.input_layernorm, x, precision)
-    q, k, v = (
-        _linear(m, h, precision).view(len(x), -1, d) for m in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    k, v = (_linear(m, h, precision).view(len(h), -1, d) for m in (attention.k_proj, attention.v_proj))
+    at = rotary
+    if only is not None:
+        x, h, at = x[only], h[only], (rotary[0][only], rotary[1][only])
+    q = _linear(attention.q_proj, h, precision).view(len(h), -1, d)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    o = tree_attention(q, k, v, batch, attention.scaling)
-    x = x + _linear(attention.o_proj, o.reshape(len(x), -1), precision)
-    h = _norm(layer.post_attention_layernorm, x, precision)
-    h = F.silu(_linear(mlp.gate_proj, h, precision)) * _linear(mlp.up_proj, h, precision)
-    return x + _linear(mlp.down_proj, h, precision)
+    q, k = do.rotate(q, *at), do.rotate(k, *rotary)
+    blocks = batch.blocks if only is None else batch.scored_blocks
+    o = tree_attention(q, k, v, batch, attention.scaling, do, blocks=blocks)
+    y = _linear(attention.o_proj, o.reshape(len(x), -1), precision)
+    x, h = do.add_norm(x, y, *_norm_of(layer.post_attention_layernorm, precision))
+    h = do.swiglu(_linear(mlp.gate_proj, h, precision), _linear(mlp.up_proj, h, precision))
+    return x, _linear(mlp.down_proj, h, precision)
 
 
-def _norm(norm: Any, x: Tensor, precision: Precision) -> Tensor:
-    y = F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-    return y.bfloat16() if precision == "bfloat16" else y
-
-
-def _rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama; computed in float32."""
-    half = x_THd.shape[-1] // 2
-    a, b = x_THd.float().split(half, -1)
-    cos, sin = cos_Td[:, None, :half], sin_Td[:, None, :half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_THd.dtype)
+def _norm_of(norm: Any, precision: Precision) -> tuple[Tensor, float, torch.dtype]:
+    return norm.weight, norm.variance_epsilon, torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _linear(module: nn.Linear, x: Tensor, precision: Precision) -> Tensor:
