@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def prepared(args: argparse.Namespace, windows: Sequence[int]) -> Iterator[tuple[Path, Plan]]:
     """A folder with the plan and the model that all start from; gone at the end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # when stopped, leave no copy of the model behind
     args.model_name = Path(args.model).resolve().name
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix="work-") as scratch:
