@@ -20,7 +20,7 @@ from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.models import cache as module
-from steelyard.models.cache import TrunkCache, canonical, key
+from steelyard.models.cache import TrunkCache, canonical, key, lower_layers
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import run_jobs
 from steelyard.train.optim import OptimConfig
@@ -160,7 +160,7 @@ def test_entries_of_other_weights_are_refused(model: RewardModel, trees: list[Tr
     cache = TrunkCache(tmp_path, model, source="a", cut=1)
     cache.prepare(trees[:3])
     with torch.no_grad():
-        model.trunk.layers[0].mlp.up_proj.weight.mul_(1.5)  # type: ignore[operator, index, union-attr]
+        layers[0].mlp.up_proj.weight.mul_(1.5)  # type: ignore[operator, index, union-attr]
     with pytest.raises(InputError, match="other weights"):
         TrunkCache(tmp_path, model, source="a", cut=1).prepare(trees)
 
@@ -337,3 +337,19 @@ def test_weights_and_margins_do_not_matter_to_the_entry(
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         RewardConfig.model_validate({"data": "d", "model": "m"} | settings)
+
+
+def test_the_lower_layers_name_survives_training_above_and_saving_elsewhere(
+    reward_model: Folders, tmp_path: Path
+) -> None:
+    model = RewardModel.load(reward_model("llama"))
+    name = lower_layers(model, 1)
+    with torch.no_grad():
+        layers[1].mlp.up_proj.weight.add_(1.0)
+        model.head.weight.zero_()
+    model.hf.save_pretrained(tmp_path / "copy")
+    assert lower_layers(RewardModel.load(tmp_path / "copy"), 1) == name
+    assert lower_layers(model, 2) != name
+    with torch.no_grad():
+        layers[0].mlp.up_proj.weight[0, 0] += 1.0
+    assert lower_layers(model, 1) != name

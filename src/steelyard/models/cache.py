@@ -36,13 +36,30 @@ _INDEX = np.dtype([("key", np.uint8, (16,)), ("start", np.int64), ("tokens", np.
 _STORED: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
+def lower_layers(model: RewardModel, cut: int) -> str:
+    """A digest of what decides the states before layer `cut`: embeddings, layers below, the trunk's shape.
+
+    A model keeps it through training of the layers above, whatever folder it is saved in.
+    """
+    trunk: Any = model.trunk
+    config = trunk.config.get_text_config().to_dict()
+    # What a folder says about itself, its head and its tokens changes no state.
+    told = {k: v for k, v in config.items() if k.startswith(("rope", "rms", "layer", "hidden", "head", "num_"))}
+    digest = hashlib.sha256(json.dumps([type(trunk).__name__, told], sort_keys=True, default=str).encode())
+    for module in (trunk.embed_tokens, *trunk.layers[:cut]):
+        for name, weight in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class TrunkCache:
     """Scores trees with `model`, whose layers below `cut` are read from `folder` where they would be computed.
 
     Args:
         folder: of the cache; may be shared by models, cuts and data sets.
         model: a reward model whose lower layers are frozen. Only Llama-like stacks can be run in parts.
-        source: fingerprint of the model folder that the lower layers come from.
+        source: what tells the lower layers from others: `lower_layers`.
         cut: layers that are frozen, 1 ... all of them.
         states: how states are stored. float32 changes nothing; bfloat16 halves the file and rounds the layers' input.
 

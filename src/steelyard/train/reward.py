@@ -17,7 +17,6 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from steelyard.baselines import fingerprint
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config
 from steelyard.data.collate import collate, pack
@@ -28,7 +27,7 @@ from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.losses.contrastive import differences, simcse, swav, unit
 from steelyard.losses.contrastive import pairs as both_features
 from steelyard.losses.preference import bradley_terry
-from steelyard.models.cache import TrunkCache
+from steelyard.models.cache import TrunkCache, lower_layers
 from steelyard.models.dropout import dropout
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
@@ -423,8 +422,8 @@ def open_cache(
         return None
     layers: Any = model.trunk.layers
     cut = len(layers) - config.trainable_layers
-    source, states = fingerprint(config.model), config.activation_precision
-    cache = TrunkCache(config.activation_cache, model, source=source, cut=cut, states=states)
+    source = lower_layers(model, cut)
+    cache = TrunkCache(config.activation_cache, model, source=source, cut=cut, states=config.activation_precision)
     missing = list(cache.missing(trees).values())
     done = 0
     with Progress(sum(map(len, missing)), "frozen layers", quiet=quiet or not missing or None) as progress:
