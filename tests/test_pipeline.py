@@ -275,7 +275,7 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"policy": {"evaluate": {"k": 0}}}, "^policy.evaluate.k: must be at least 1"),
         ({"policy": {"arms": {"a": {"rm": "none"}}}}, r"^policy.arms.a.rm must be one of \['plain'\], got 'none'"),
         ({"policy": {"arms": {"a": {"reward": "plain", "k": 2}}}}, "^policy.arms.a: k: no effect with reward = plain"),
-        ({"policy": {"arms": {"a": {"sampling": {"top_p": 0.9}}}}}, "^policy.arms.a: sampling.top_p"),
+        ({"policy": {"arms": {"a": {"reward": "plain", "kl_horizon": 9}}}}, "^policy.arms.a: kl_horizon: no effect"),
         ({"policy": {"arms": {"a": {"gold": "x:y"}}}}, "^policy.arms.a: gold is filled in"),
     ],
 )  # fmt: skip
