@@ -29,6 +29,7 @@ VERBS = {
     "study contrastive": "contrastive learning against its control, arms by seeds: a YAML file, resumable",
     "study data": "what kinds of preference data do and what repairs are worth: a YAML file, resumable",
     "study metarm": "MetaRM against its controls on the small world, arms by seeds: a YAML file, resumable",
+    "study strength": "how well kinds of ensembles find wrong labels, against their cost: a YAML file, resumable",
     "report": "one self-contained HTML page from a run folder",
     "run": "a whole recipe from a YAML file, resumable",
 }

@@ -40,6 +40,7 @@ from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
 from steelyard.study.data import run_data_study
 from steelyard.study.data_config import DataStudy
 from steelyard.study.metarm import MetaRMStudy, run_metarm
+from steelyard.study.strength import StrengthStudy, run_strength_study
 from steelyard.summary import describe_run, tables
 from steelyard.train.metarm import MetaRMConfig, train_metarm
 from steelyard.train.ppo import PPOConfig, train_ppo
@@ -381,6 +382,7 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
     "study data": study_data,
     "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
+    "study strength": study(StrengthStudy, run_strength_study, "study strength"),
     "report": report,
     "run": run,
 }

@@ -94,7 +94,7 @@ class StrengthConfig(Config):
 
 _HEAD, _LORA = {"layers", "penalty"}, {"lora"}
 _CACHE, _TRAINED = {"activation_cache", "activation_precision"}, {"member", "workers", "keep_members"}
-_IDLE: dict[Backend, set[str]] = {
+IDLE: dict[Backend, set[str]] = {
     "full": _HEAD | _LORA | _CACHE,
     "lora": _HEAD | _CACHE | {"keep_members"},
     "layers": _HEAD | _LORA,
@@ -104,7 +104,7 @@ _IDLE: dict[Backend, set[str]] = {
 
 def check(config: StrengthConfig) -> None:
     """Raise InputError for settings that would have no effect."""
-    idle = _IDLE[config.backend] | ({"folds"} if config.scoring == "in-sample" else set())
+    idle = IDLE[config.backend] | ({"folds"} if config.scoring == "in-sample" else set())
     given = sorted(idle & config.given())
     if config.backend == "lora":
         if config.member.trainable_layers is not None:

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import nn
 
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.members.config import LoraConfig, StrengthConfig
+from steelyard.models import lora as adapters
 from steelyard.models.reward import RewardModel
 from steelyard.train.optim import batches, set_rate, total_steps
 from steelyard.train.reward import RewardConfig, read_pairs, reward_step
 
 
-def require_peft() -> Any:
-    """The peft package. Raises InputError if it is not installed."""
+def require_peft() -> None:
+    """Raise InputError if the package peft is not installed."""
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError:
         raise InputError(
             "backend = lora needs the package peft, which is not installed: pip install 'steelyard[lora]', or use the "
             "backend head or layers"
         ) from None
-    return peft
 
 
 def adapt(model: RewardModel, config: LoraConfig, seed: int) -> None:
@@ -35,21 +33,9 @@ def adapt(model: RewardModel, config: LoraConfig, seed: int) -> None:
 
     Raises InputError if the model has no projection of a name in `targets`, or peft is not installed.
     """
-    peft = require_peft()
-    targets = "all-linear" if config.targets is None else list(config.targets)
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            peft.inject_adapter_in_model(settings, model.trunk)
-        except ValueError as error:
-            raise InputError(f"lora.targets: {error}") from None
-    adapters = 0
-    for name, parameter in model.trunk.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        adapters += "lora_" in name
-    if not adapters:
-        raise InputError(f"lora.targets: {type(model.trunk).__name__} has no projection named {targets}")
+    require_peft()
+    settings = adapters.LoraConfig(rank=config.rank, alpha=config.alpha, targets=config.targets or ())
+    adapters.add_adapters(model.trunk, settings, seed=seed)
 
 
 def lora_member(

@@ -77,8 +77,13 @@ def prepare(config: StrengthConfig, encoder: Encoder, trees: Sequence[Tree], out
             before = open_cache(settings, model, [])
             missing = sum(map(len, before.missing(trees).values())) if before is not None else 0
             open_cache(settings, model, trees, quiet=quiet)
-            cost.tokens = missing * (1 - _trained_share(config))
+            cost.tokens = shared_tokens(config, missing)
     return cost
+
+
+def shared_tokens(config: StrengthConfig, tokens: int) -> float:
+    """What a pass of so many tokens through what members share costs, in tokens through the whole model."""
+    return {"head": float(tokens), "layers": tokens * (1 - _trained_share(config))}.get(config.backend, 0.0)
 
 
 def member_tokens(config: StrengthConfig, train: Sequence[Tree], judged: Sequence[Tree]) -> float:

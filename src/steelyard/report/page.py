@@ -37,6 +37,7 @@ from steelyard.report.policy_sections import policy_section
 from steelyard.report.read import Run, read_run
 from steelyard.report.reward_records import RewardRow
 from steelyard.report.seed_sections import contrastive_section, metarm_section
+from steelyard.report.strength_study_sections import strength_study_section
 from steelyard.report.study_sections import arms_section, kinds_section
 
 _FOLD = 420
@@ -70,6 +71,7 @@ def render(run: Run) -> str:
     candidates = (
         _summary_section(run, styles),
         strength_section(run),
+        strength_study_section(run),
         pairs_section(run),
         sft_section(run, styles),
         reward_section(run, styles),

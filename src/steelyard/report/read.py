@@ -23,6 +23,7 @@ from steelyard.errors import InputError
 from steelyard.report.data_study_records import DataStudyFile
 from steelyard.report.records import PolicyFile, Record, RunFile, StrengthFile, SummaryFile
 from steelyard.report.reward_records import BenchmarkFile, RewardFile
+from steelyard.report.strength_study_records import StrengthStudyFile
 from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
 
 R = TypeVar("R", bound=Record)
@@ -79,6 +80,7 @@ class Run:
     contrastive: ContrastiveFile | None = None
     metarm: MetaRMFile | None = None
     data_study: DataStudyFile | None = None
+    strength_study: StrengthStudyFile | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -108,10 +110,11 @@ def read_run(path: Path) -> Run:
         contrastive=_study(path, "contrastive", ContrastiveFile),
         metarm=_study(path, "metarm", MetaRMFile),
         data_study=_study(path, "data", DataStudyFile),
+        strength_study=_study(path, "strength", StrengthStudyFile),
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    if not any((*found, run.benchmarks, run.contrastive, run.metarm, run.data_study)):
+    if not any((*found, run.benchmarks, run.contrastive, run.metarm, run.data_study, run.strength_study)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
             "examine/reward.json, examine/benchmarks.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
