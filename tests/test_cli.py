@@ -38,6 +38,7 @@ HELP = {
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
     "study data": ["--out", "--resume", "--set"],
+    "study strength": ["STUDY.yaml", "--set", "--out", "--resume", "backends", "sizes", "reference"],
     "report": ["--out"],
     "run": ["--out", "--resume", "--set"],
 }
