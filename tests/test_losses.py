@@ -13,7 +13,9 @@ from steelyard.losses import (
     accuracy,
     bradley_terry,
     clipped_surrogate,
+    dpo,
     entropy,
+    implicit_reward,
     kl_k1,
     kl_k3,
     masked_mean,
@@ -31,6 +33,43 @@ def random_pairs(n: int = 64) -> tuple[torch.Tensor, ...]:
     rng = np.random.default_rng(0)
     chosen, rejected, margin = torch.from_numpy(rng.normal(scale=2, size=(3, n)))
     return chosen, rejected, margin, torch.from_numpy(rng.uniform(size=n))
+
+
+# DPO
+
+
+def test_dpo_by_hand() -> None:
+    # Log-ratios 4 ln 3 and 2 ln 3, beta 1/2: d = ln 3, sigmoid(d) = 3/4. Log-ratios that agree: d = 0.
+    loss = dpo(t(4 * LN3 - 9, -5), t(2 * LN3 - 7, -8), t(-9, -6), t(-7, -9), beta=0.5)
+    assert_close(loss, t(math.log(4 / 3), LN2))
+    # a = 1/4 on the first; a margin of ln 3 takes all of its difference.
+    soft = dpo(t(4 * LN3 - 9), t(2 * LN3 - 7), t(-9), t(-7), beta=0.5, flip_prob=t(0.25))
+    assert_close(soft, t(0.75 * math.log(4 / 3) + 0.25 * LN4))
+    assert_close(dpo(t(4 * LN3 - 9), t(2 * LN3 - 7), t(-9), t(-7), beta=0.5, margin=t(LN3)), t(LN2))
+    assert_close(implicit_reward(t(-3, -1), t(-5, -1), beta=0.25), t(0.5, 0))
+
+
+def test_dpo_gradient_weighs_by_how_wrong_the_implied_reward_is() -> None:
+    """-beta sigmoid(-d) on the chosen response, its negative on the rejected one."""
+    chosen, rejected, reference_chosen, reference_rejected = (x.requires_grad_() for x in (t(-3), t(-4), t(-5), t(-4)))
+    dpo(chosen, rejected, reference_chosen, reference_rejected, beta=LN3 / 2).sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert_close(chosen.grad, t(-LN3 / 2 / 4))  # d = ln 3: sigmoid(-d) = 1/4
+    assert_close(rejected.grad, t(LN3 / 2 / 4))
+
+
+def test_dpo_of_a_certain_flip_is_that_of_the_swapped_pair() -> None:
+    chosen, rejected, margin, _ = random_pairs()
+    zero, one = torch.zeros_like(margin), torch.ones_like(margin)
+    a = dpo(chosen, rejected, zero, zero + 1, beta=0.3, margin=margin, flip_prob=one)
+    assert_close(a, dpo(rejected, chosen, zero + 1, zero, beta=0.3, margin=-margin))
+    assert_close(a, dpo(chosen + 7, rejected + 7, zero, zero + 1, beta=0.3, margin=margin, flip_prob=one))
+
+
+def test_dpo_refuses_shapes_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"reference_rejected \(2, 1\)"):
+        dpo(t(1, 2), t(1, 2), t(1, 2), t(1, 2)[:, None], beta=0.1)
 
 
 # Bradley-Terry

@@ -27,6 +27,7 @@ from steelyard.measure import MemberConfig, StrengthConfig, measure
 from steelyard.models.lora import LoraConfig
 from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig
+from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.optim import OptimConfig
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
@@ -35,6 +36,7 @@ from steelyard.train.sft import ScratchConfig, SFTConfig, train_sft
 TRAIN: dict[str, Callable[..., Any]] = {
     "sft": train_sft,
     "reward": train_reward,
+    "dpo": train_dpo,
     "ppo": train_ppo,
     "ppo, rloo": train_ppo,
     "ppo, remax, running std": train_ppo,
@@ -155,6 +157,11 @@ def configs(
             batch_size=8, epochs=1.5, max_length=64, optim=OptimConfig(lr=3e-3), save_every=3, log_every=4,
             eval_every=4,
         ),
+        "dpo": DPOConfig(
+            data=planted["held-out"], model=language_model("llama"), validation={"own": planted["held-out"]},
+            batch_size=8, epochs=1.5, max_length=64, optim=OptimConfig(lr=3e-3), save_every=3, log_every=4,
+            eval_every=4, prompts=planted["prompts"], answers=6, sampling=sampling, gold="tiny:count_good",
+        ),
         "ppo": PPOConfig(
             **ppo, baselines=str(stored), minibatches=2, epochs=2, critic_warmup=1, critic=OptimConfig(lr=1e-3)
         ),
@@ -196,7 +203,11 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     found = outcome(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
-    steps = [line for line in found["metrics.jsonl"].splitlines() if b"train/" in line or b"ppo/" in line]
+    steps = [
+        line
+        for line in found["metrics.jsonl"].splitlines()
+        if any(k in line for k in (b"train/", b"ppo/", b"dpo/loss"))
+    ]
     assert len(steps) == (7 if stage.startswith("ppo") else 3)
 
 

@@ -1,4 +1,4 @@
-"""Losses of one comparison: how well two rewards explain which response was preferred.
+"""Losses of one comparison: how well two rewards, or a policy, explain which response was preferred.
 
 All functions are pure and unreduced: one number per pair, so that the caller weighs and averages. They
 compute in float32 at least, whatever the inputs (float64 stays float64).
@@ -58,6 +58,59 @@ def bradley_terry(
     a = at_least_float32(flip_prob)
     flipped = shifted if margin_in_flip else d
     return -(1 - a) * F.logsigmoid(shifted) - a * F.logsigmoid(-flipped)
+
+
+def dpo(
+    chosen: Float[Tensor, "B"],
+    rejected: Float[Tensor, "B"],
+    reference_chosen: Float[Tensor, "B"],
+    reference_rejected: Float[Tensor, "B"],
+    *,
+    beta: float,
+    margin: Float[Tensor, "B"] | None = None,
+    flip_prob: Float[Tensor, "B"] | None = None,
+    margin_in_flip: bool = True,
+) -> Float[Tensor, "B"]:
+    """Direct preference optimisation: the Bradley-Terry loss of the reward that a policy implies.
+
+        r(x, y) = beta (log pi(y | x) - log pi_ref(y | x)),   d = r(x, chosen) - r(x, rejected)
+        loss = -(1 - a) log sigmoid(d - m) - a log sigmoid(-(d - m))
+
+    With a = 0, m = 0 this is Eq. 7 of arXiv 2305.18290. a > 0 is its authors' conservative form for noisy labels; m is
+    the offset of arXiv 2402.10571. Both mean what they mean in `bradley_terry`, for d is a log-odds here, too: a
+    target of d* asks for a difference of d* / beta in log-ratios (nats).
+
+    Args:
+        chosen, rejected: log pi of the two responses, summed over their tokens.
+        reference_chosen, reference_rejected: the same under the reference policy, taken as constants.
+        beta: > 0; how dearly the distance from the reference is paid. The range is the caller's promise.
+        margin, flip_prob, margin_in_flip: as in `bradley_terry`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_same_shape(
+        chosen=chosen, rejected=rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected
+    )
+    return bradley_terry(
+        implicit_reward(chosen, reference_chosen, beta=beta),
+        implicit_reward(rejected, reference_rejected, beta=beta),
+        margin=margin,
+        flip_prob=flip_prob,
+        margin_in_flip=margin_in_flip,
+    )
+
+
+def implicit_reward(
+    logprobs: Float[Tensor, "*B"], reference: Float[Tensor, "*B"], *, beta: float
+) -> Float[Tensor, "*B"]:
+    """beta (log pi - log pi_ref): the reward, up to a term of the prompt alone, whose best policy is pi (ibid., Eq. 5).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_same_shape(logprobs=logprobs, reference=reference)
+    return beta * (at_least_float32(logprobs) - at_least_float32(reference))
 
 
 def accuracy(chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
