@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steelyard.data.collate import AttentionBlock, TreeBatch
-from steelyard.models.regions import PLAIN, Regions
 
 
 def tree_attention(
@@ -24,7 +23,6 @@ def tree_attention(
     value_TGd: Float[Tensor, "T G d"],
     batch: TreeBatch,
     scale: float,
-    do: Regions = PLAIN,
     *,
     blocks: tuple[AttentionBlock, ...] | None = None,
 ) -> Float[Tensor, "Q H d"]:
@@ -35,7 +33,7 @@ def tree_attention(
     """
     if query_THd.device.type == "cuda":
         return _flex(query_THd, key_TGd, value_TGd, batch, scale)
-    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, blocks or batch.blocks, scale, do)
+    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, blocks or batch.blocks, scale)
     return out
 
 
@@ -48,7 +46,6 @@ class _TreeAttention(torch.autograd.Function):
         value: Tensor,
         blocks: tuple[AttentionBlock, ...],
         scale: float,
-        do: Regions,
     ) -> Tensor:
         out = torch.empty_like(query)
         lse = []
@@ -60,7 +57,7 @@ class _TreeAttention(torch.autograd.Function):
             _put(out, block, o.transpose(1, 2))
             lse.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *lse)
-        ctx.blocks, ctx.scale, ctx.do = blocks, scale, do
+        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
@@ -71,8 +68,8 @@ class _TreeAttention(torch.autograd.Function):
         dk, dv = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
         delta_TH = (g.float() * out.float()).sum(-1)
         for block, log_sum in zip(ctx.blocks, lse, strict=True):
-            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv), ctx.do)
-        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None, None
+            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
 
 
 def _block_backward(
@@ -85,7 +82,6 @@ def _block_backward(
     block: AttentionBlock,
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
-    do: Regions,
 ) -> None:
     """Add one block's gradients. Heads of a group are stacked along the queries, so that keys are used as they are."""
     n, Q = block.queries_nQ.shape
@@ -98,18 +94,26 @@ def _block_backward(
         x = x_THd[block.queries_nQ.flatten()].view(n, Q, G, rep, d)
         return x.permute(0, 2, 3, 1, 4).reshape(n * G, rep * Q, d)
 
+    def column(x_nHQ: Tensor) -> Tensor:
+        return x_nHQ.reshape(n * G, rep * Q, 1)
+
     q, grad = grouped(query), grouped(g)
     k, v = (_heads(x, block.keys_nS).reshape(n * G, S, d) for x in (key, value))
-    delta = delta_TH[block.queries_nQ.flatten()].view(n, Q, H).transpose(1, 2).reshape(n, H, Q, 1)
-    # Padded queries get no weight at all, so nothing flows from them.
-    visible = (block.attend_nQS & block.real_nQ[..., None])[:, None]
-    scores, dp = (torch.bmm(x, y.transpose(1, 2)).view(n, H, Q, S) for x, y in ((q, k), (grad, v)))
-    p, ds = (
-        x.view(n * G, rep * Q, S) for x in do.softmax_gradient(scores, dp, lse_nHQ[..., None], delta, visible, scale)
-    )
+    delta = column(delta_TH[block.queries_nQ.flatten()].view(n, Q, H).transpose(1, 2))
+    # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
+    # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
+    # into the row's gradient.
+    lse = column(lse_nHQ)
+    rounded = lse.to(query.dtype)
+    lost = torch.exp(rounded.float() - lse)
+    grad, delta = (grad * lost).to(query.dtype), (delta * lost).to(query.dtype)
+    p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_()
+    # Padded queries get no weight, so nothing flows from them.
+    p.view(n, H, Q, S).masked_fill_(~(block.attend_nQS & block.real_nQ[..., None])[:, None], 0.0)
+    ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
-    dq_nHQd = torch.bmm(ds, k).view(n, H, Q, d)
-    _put(dq, block, dq_nHQd.transpose(1, 2))
+    _put(dq, block, torch.bmm(ds, k).mul_(scale).view(n, H, Q, d).transpose(1, 2))
+    q.mul_(scale)  # a copy of its own, for dk
     for target, left, right in ((dk, ds, q), (dv, p, grad)):
         part = torch.bmm(left.transpose(1, 2), right).view(n, G, S, d).transpose(1, 2).reshape(n * S, G, d)
         target.index_add_(0, block.keys_nS.flatten(), part.float())

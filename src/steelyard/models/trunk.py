@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,24 +20,13 @@ from torch import Tensor, nn
 from steelyard.data.collate import TreeBatch
 from steelyard.errors import InputError
 from steelyard.models.attention import tree_attention
-from steelyard.models.regions import PLAIN, Regions, compiled
+from steelyard.models.pointwise import rms_norm, rotate, swiglu
 
 Precision = Literal["float32", "bfloat16"]
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _ATTENTION = "steelyard_trees"
-_regions: ContextVar[Regions] = ContextVar("regions", default=PLAIN)
-
-
-@contextlib.contextmanager
-def compiling(on: bool) -> Iterator[None]:
-    """Inside, Llama-like layers run with compiled pointwise parts. Raises InputError without a C++ compiler."""
-    token = _regions.set(compiled() if on else PLAIN)
-    try:
-        yield
-    finally:
-        _regions.reset(token)
 
 
 class TrunkOutput(NamedTuple):
@@ -83,7 +71,6 @@ def run_trunk(
     x = parts.embed_tokens(batch.ids_T) if states_TD is None else states_TD
     # bfloat16 tables would put a token's position off by several places.
     cos, sin = (t[0] for t in parts.rotary_emb(x[None].float(), batch.positions_T[None]))
-    do = _regions.get()
     collected = {}
     rest: Tensor | None = None  # what the layer before has yet to add to x
     for number in range(first, depth if last is None else last):
@@ -97,10 +84,11 @@ def run_trunk(
             x = _own_code(trunk, layer, x, cos, sin, batch, precision)
             continue
         norm = _norm_of(layer.input_layernorm, precision)
-        x, h = (x, do.norm(x, *norm)) if rest is None else do.add_norm(x, rest, *norm)
+        x = x if rest is None else x + rest
+        h = rms_norm(x, *norm)
         # Behind the last attention only the scored tokens' states are read.
         few = scored_only and number == depth - 1 and depth not in collect and x.device.type == "cpu"
-        x, rest = _layer(layer, x, h, (cos, sin), batch, precision, do, batch.last_BK.flatten() if few else None)
+        x, rest = _layer(layer, x, h, (cos, sin), batch, precision, batch.last_BK.flatten() if few else None)
     if rest is not None:
         x = x + rest
     if last is None:
@@ -161,7 +149,6 @@ def _layer(
     rotary: tuple[Tensor, Tensor],
     batch: TreeBatch,
     precision: Precision,
-    do: Regions,
     only: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(states, what the MLP adds to them); the addition is left to the next layer's norm. `h`: the normed states.
@@ -177,12 +164,13 @@ def _layer(
     q = _linear(attention.q_proj, h, precision).view(len(h), -1, d)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = do.rotate(q, *at), do.rotate(k, *rotary)
+    q, k = rotate(q, *at), rotate(k, *rotary)
     blocks = batch.blocks if only is None else batch.scored_blocks
-    o = tree_attention(q, k, v, batch, attention.scaling, do, blocks=blocks)
+    o = tree_attention(q, k, v, batch, attention.scaling, blocks=blocks)
     y = _linear(attention.o_proj, o.reshape(len(x), -1), precision)
-    x, h = do.add_norm(x, y, *_norm_of(layer.post_attention_layernorm, precision))
-    h = do.swiglu(_linear(mlp.gate_proj, h, precision), _linear(mlp.up_proj, h, precision))
+    x = x + y
+    h = rms_norm(x, *_norm_of(layer.post_attention_layernorm, precision))
+    h = swiglu(_linear(mlp.gate_proj, h, precision), _linear(mlp.up_proj, h, precision))
     return x, _linear(mlp.down_proj, h, precision)
 
 
