@@ -157,15 +157,24 @@ def _row(name: str, a: Answers, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _win(a: str, b: str, gold_a: Any, gold_b: Any, tie: float) -> dict[str, Any]:
-    """Shares over prompts and samples; `score` counts a tie half, its interval resamples prompts."""
     difference = gold_a - gold_b
     points = np.where(np.abs(difference) <= tie, 0.5, (difference > 0).astype(float))
     keys = [str(n) for n in range(len(points)) for _ in range(points.shape[1])]
-    score, low, high = bootstrap_mean(points.reshape(-1), clusters=keys)
-    return {
-        "a": a,
-        "b": b,
-        "judge": "gold",
+    return win_row(a, b, "gold", points.reshape(-1), keys)
+
+
+def win_row(a: str, b: str, judge: str, points_n: Float[np.ndarray, "n"], keys: Sequence[str]) -> dict[str, Any]:
+    """A row of the table of wins from points (1: a wins, 1/2: tie, 0: b wins, NaN: no verdict, left out).
+
+    Shares of win, tie and lose; `score` counts a tie half, its interval resamples prompts (`keys`).
+    """
+    known = ~np.isnan(points_n)
+    points = points_n[known]
+    row: dict[str, Any] = {"a": a, "b": b, "judge": judge}
+    if not len(points):
+        return row | {"win": 0.0, "tie": 0.0, "lose": 0.0, "score": None, "low": None, "high": None, "n": 0}
+    score, low, high = bootstrap_mean(points, clusters=[key for key, k in zip(keys, known, strict=True) if k])
+    return row | {
         "win": float((points == 1).mean()),
         "tie": float((points == 0.5).mean()),
         "lose": float((points == 0).mean()),
