@@ -68,7 +68,7 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
         "policy": fingerprint(config.policy),
         "prompts": _digest([prompt_key(p.prompt) for p in prompts]),
         "k": config.k,
-        "sampling": config.sampling.model_dump(exclude={"rows"}),
+        "sampling": config.sampling.model_dump(exclude={"rows", "gpu_memory"}),
         "max_length": config.max_length,
         "seed": config.seed,
     }

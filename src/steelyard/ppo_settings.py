@@ -134,6 +134,11 @@ def check(config: PPOConfig) -> None:
         )
     if reward != "plain" and config.baselines is None:
         raise InputError(f"baselines: {reward} rewards need a scored baseline file; make one with `steelyard sample`")
+    if config.sampling.min_new_tokens:
+        raise InputError(
+            f"sampling.min_new_tokens: must be 0 in PPO, got {config.sampling.min_new_tokens}: the update's "
+            "log-probabilities would not be those of the distribution that was sampled from; use missing_eos_penalty"
+        )
     if config.kl_target is not None and config.kl_coef == 0:
         raise InputError("kl_coef: must be above 0 where kl_target steers it, for it is multiplied; got 0")
     responses = config.prompts_per_step * config.samples_per_prompt

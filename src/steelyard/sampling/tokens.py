@@ -1,0 +1,95 @@
+"""From logits to tokens: repetition penalty, temperature, nucleus, and a draw by inverse CDF in two levels.
+
+`models.next_token` defines the distribution; here it is drawn from, many rows a step, so the passes over the
+vocabulary are what counts. In the place of a cumulative sum over the whole vocabulary stand sums of blocks, a
+cumulative sum of those, and one inside the block that is hit. The nucleus is found among the largest few
+probabilities; all are sorted only for rows in which those do not reach far enough.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steelyard.sampling.settings import SamplingConfig
+
+_BLOCK = 128
+# So many of the largest probabilities are looked at before all are sorted.
+_LARGEST = (64, 1024)
+
+
+def draw(
+    logits_RV: Float[Tensor, "R V"],
+    uniform_R: Float[Tensor, "R"],
+    config: SamplingConfig,
+    said_RS: Int[Tensor, "R S"] | None = None,
+) -> Int[Tensor, "R"]:
+    """One token a row: the first whose cumulative probability, in the order of ids, exceeds the uniform number.
+
+    `said_RS` are the tokens that the repetition penalty falls on; a token may stand there more than once. A token of
+    probability 0 is never drawn, whatever the uniform number in [0, 1).
+    """
+    logits = logits_RV
+    if config.repetition_penalty != 1.0 and said_RS is not None:
+        said = logits.gather(-1, said_RS)
+        c = config.repetition_penalty
+        logits = logits.scatter(-1, said_RS, torch.where(said > 0, said / c, said * c))
+    # Probabilities up to a factor: the factor cancels, so no pass is spent on dividing by it.
+    weights = logits - logits.amax(-1, keepdim=True)
+    if config.temperature != 1.0:
+        weights.div_(config.temperature)
+    weights.exp_()
+    if config.top_p < 1.0:
+        weights = cut_nucleus(weights, config.top_p)
+    return invert(weights, uniform_R)
+
+
+def invert(weights_RV: Float[Tensor, "R V"], uniform_R: Float[Tensor, "R"]) -> Int[Tensor, "R"]:
+    """For each row the first v with sum(weights[:v + 1]) > uniform sum(weights).
+
+    Exact up to the float32 rounding of a block's sum; everything above it is float64.
+    """
+    R, V = weights_RV.shape
+    blocks_RBb = (
+        F.pad(weights_RV, (0, -V % _BLOCK)).view(R, -1, _BLOCK) if V % _BLOCK else weights_RV.view(R, -1, _BLOCK)
+    )
+    upto_RB = blocks_RBb.sum(-1).double().cumsum(-1)
+    target_R1 = uniform_R.double()[:, None] * upto_RB[:, -1:]
+    # `right`: a block without weight has no share of the line, and is never hit.
+    block_R1 = torch.searchsorted(upto_RB, target_R1, right=True)
+    before_R1 = torch.where(block_R1 > 0, upto_RB.gather(-1, (block_R1 - 1).clamp(min=0)), 0.0)
+    inside_Rb = blocks_RBb[torch.arange(R, device=block_R1.device), block_R1[:, 0]].double().cumsum(-1)
+    # The block's own sum, in float64, may be a rounding below the one that chose it.
+    last_R1 = inside_Rb[:, -1:]
+    rest_R1 = torch.minimum(target_R1 - before_R1, torch.nextafter(last_R1, torch.zeros_like(last_R1)))
+    return (block_R1 * _BLOCK + torch.searchsorted(inside_Rb, rest_R1, right=True))[:, 0]
+
+
+def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor, "R V"]:
+    """The weights, 0 outside the nucleus: the largest that are needed to reach a share of `top_p`.
+
+    A token stays if those before it have not reached top_p; the most probable one always stays; among equal weights
+    the lower id comes first.
+    """
+    R, V = weights_RV.shape
+    bound_R1 = top_p * weights_RV.sum(-1, keepdim=True)
+    least_R1 = weights_RV.new_zeros(R, 1)
+    rest = torch.arange(R, device=weights_RV.device)
+    for n in _LARGEST:
+        if n >= V or not len(rest):
+            break
+        top = weights_RV[rest].topk(n).values
+        last = (top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1
+        value = top.gather(-1, last)
+        # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
+        found = (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]
+        least_R1[rest[found]] = value[found]
+        rest = rest[~found]
+    cut = weights_RV.masked_fill(weights_RV < least_R1, 0.0)
+    if len(rest):
+        ordered, index = weights_RV[rest].sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= bound_R1[rest], 0.0)
+        cut[rest] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
+    return cut
