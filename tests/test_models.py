@@ -17,7 +17,7 @@ from steelyard.data.collate import TreeBatch, collate
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.losses.preference import bradley_terry
-from steelyard.models import trunk
+from steelyard.models import attention, trunk
 from steelyard.models.load import open_model
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel, is_reward_model
@@ -338,3 +338,15 @@ def test_long_texts_are_attended_in_pieces(reward_model: Folders) -> None:
         for trees in ([Tree(text(290), (text(150), text(131)))], [Tree(text(129), (text(128), text(1))), TREES[0]]):
             expected = plain_scores(model.hf, trees)
             torch.testing.assert_close(model(collate(trees, tiny.PAD)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flex_attention_is_given_the_same_rule_of_who_sees_whom() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    batch = collate([*TREES, Tree(tuple(range(5, 25)) * 8, ((9,) * 40, (10,) * 3))], tiny.PAD)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch.tokens, heads, 16, generator=generator) for heads in (4, 2, 2))
+    ours = attention.tree_attention(q, k, v, batch, 0.25)
+    with pytest.warns(UserWarning, match=r"without torch\.compile"):  # which a GPU gets
+        flex = attention._flex(q, k, v, batch, 0.25, run=flex_attention)
+    torch.testing.assert_close(flex, ours, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ whom goes to FlexAttention.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -134,16 +135,31 @@ def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
     return torch.zeros(block.attend_nQS.shape, dtype=dtype).masked_fill_(~block.attend_nQS, -torch.inf)[:, None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, batch: TreeBatch, scale: float) -> Tensor:
-    """The same through FlexAttention."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    tree, branch, T = batch.tree_T, batch.branch_T, len(batch.ids_T)
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
-
-    mask = create_block_mask(sees, None, None, T, T, device=str(query.device))
+def _flex(query: Tensor, key: Tensor, value: Tensor, batch: TreeBatch, scale: float, run: Any = None) -> Tensor:
+    """The same through FlexAttention, compiled unless `run` says otherwise. Not yet run on a GPU."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out: Any = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+    out: Tensor = (run or _compiled_flex())(q, k, v, block_mask=_block_mask(batch), scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+_latest: list[Any] = [None, None]  # a batch and its mask, which all layers of a pass share
+
+
+def _block_mask(batch: TreeBatch) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if _latest[0] is not batch:
+        tree, branch, T = batch.tree_T, batch.branch_T, batch.tokens
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+        _latest[:] = batch, create_block_mask(sees, None, None, T, T, device=str(tree.device))
+    return _latest[1]
