@@ -96,7 +96,7 @@ class PPOConfig(Config):
         default_factory=LoraConfig, description="train adapters; the reference is the policy without them"
     )
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
-    max_tokens: int = Field(8192, ge=16, description="padded tokens computed at once (memory, not results)")
+    max_tokens: int = Field(8192, ge=16, description="tokens computed at once (memory, not results)")
     logit_chunk: int | None = Field(
         None, ge=1, description="positions whose logits are in memory at once; none given: all of max_tokens"
     )

@@ -51,7 +51,7 @@ class FeatureConfig(FeatureOptions):
     max_length: int = Field(512, ge=8, description="tokens of prompt and one response together: as in training")
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer pairs")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
-    max_tokens: int = Field(4096, ge=16, description="padded tokens computed at once (memory, not results)")
+    max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
 
 
 class Features(NamedTuple):

@@ -116,7 +116,7 @@ class RewardConfig(Config):
     max_length: int = Field(512, ge=8, description="tokens of prompt and one response together")
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer pairs")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
-    max_tokens: int = Field(4096, ge=16, description="padded tokens computed at once (memory, not results)")
+    max_tokens: int = Field(2048, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights, head and loss stay float32")
     seed: int = Field(0, ge=0, description="new head, order of the data, dropout masks, prototypes")
     eval_every: int | None = Field(

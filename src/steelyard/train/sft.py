@@ -50,7 +50,7 @@ class SFTConfig(Config):
     )
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer ones")
-    max_tokens: int = Field(4096, ge=16, description="padded tokens computed at once (memory, not results)")
+    max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights stay float32")
     seed: int = Field(0, ge=0, description="fresh weights and order of the data")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
