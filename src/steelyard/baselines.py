@@ -41,7 +41,7 @@ class BaselineConfig(Config):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how responses are drawn")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
-    max_tokens: int = Field(8192, ge=16, description="padded tokens scored at once (memory, not results)")
+    max_tokens: int = Field(8192, ge=16, description="tokens scored at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunks")
     seed: int = Field(0, ge=0, description="of the sampling")
 
