@@ -20,6 +20,7 @@ HELP = {
     "simulate": ["--out", "--preferences", "--noise.uniform", "--scorer"],
     "train sft": ["--data", "--tokenizer", "--scratch.width", "--optim.lr", "--save-every"],
     "train reward": ["--data", "--model", "--validation", "--optim.warmup", "--margin-in-flip", "--resume"],
+    "train dpo": ["--data", "--model", "--beta", "--reference", "--use-margin", "--optim.lr", "--answers", "--resume"],
     "train metarm": ["--data", "--model", "--meta", "--eta", "--direction", "--optim.lr", "--resume"],
     "train ppo": [
         "--policy",
@@ -34,6 +35,7 @@ HELP = {
     "sample": ["--policy", "--prompts", "--k", "--reward-model", "--sampling.max-new-tokens"],
     "evaluate reward": ["--model", "--data", "--max-length", "--out"],
     "evaluate policy": ["--sft", "--policies", "--gold", "--tie", "--strata"],
+    "evaluate judge": ["--answers", "--run", "--url", "--model", "--key-variable", "--max-requests", "--reward-models"],
     "evaluate features": ["--models", "--data", "--drawn", "--perplexity", "--folds", "--out"],
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
@@ -200,16 +202,27 @@ def test_from_strength_to_report_by_single_commands(here: Path, capsys: pytest.C
     baselines = capsys.readouterr().out.split("baselines: ")[1].strip()
     steps = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2"]
     assert main(["train", "ppo", *sample, "--baselines", baselines, "--out", "road/ppo/mine", *steps, *sampling]) == 0
-    policies = ["--sft", model, "--policies", "mine", "road/ppo/mine/model", "--reward-model", "road/rm/model"]
+    answering = ["--prompts", "prompts.jsonl", "--answers", "2", "--reward-model", "road/rm/model", *sampling]
+    assert main(["train", "dpo", "--data", "held.jsonl", "--model", model, "--out", "road/dpo/his", *answering]) == 0
+    arms = ["mine", "road/ppo/mine/model", "his", "road/dpo/his/model"]
+    policies = ["--sft", model, "--policies", *arms, "--reward-model", "road/rm/model"]
     gold = ["--prompts", "prompts.jsonl", "--gold", "tiny:count_good"]
     assert main(["evaluate", "policy", *policies, *gold, "--out", "road", *sampling]) == 0
     found = json.loads((here / "road/evaluate/policy.json").read_text())
-    assert [a["arm"] for a in found["arms"]] == ["SFT", "mine"]
+    assert [a["arm"] for a in found["arms"]] == ["SFT", "mine", "his"]
     assert all(a["gold"] is not None for a in found["arms"])
+    stand_in = ["--run", "road", "--against", "SFT", "--reward-models", "road/rm/model"]
+    assert main(["evaluate", "judge", *stand_in, "--out", "road"]) == 0
+    judged = json.loads((here / "road/evaluate/judge.json").read_text())["wins"]
+    assert [(w["a"], w["b"], w["judge"]) for w in judged] == [
+        (name, "SFT", "reward model road/rm/model") for name in ("mine", "his")
+    ]
     assert main(["report", "road", "--out", "road/page.html"]) == 0
     page = (here / "road/page.html").read_text()
     assert "mine" in page
     assert main(["report", "road/ppo/mine"]) == 0
+    assert main(["report", "road/dpo/his"]) == 0
+    assert "DPO, step by step" in (here / "road/dpo/his/report.html").read_text()
 
 
 def test_simulate_writes_a_world_and_relabels_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

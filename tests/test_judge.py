@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 import tiny
 from conftest import Folders
+from steelyard.cli import main
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import Answer, read_answers, read_folder, write_answers
@@ -25,6 +26,8 @@ from steelyard.evaluate.endpoint import Endpoint, JudgeError, Replies
 from steelyard.evaluate.judge import SYSTEM, JudgeConfig, ask_about, judge, judge_points, matches, read_verdict
 from steelyard.evaluate.policy import Answers
 from steelyard.models.reward import RewardModel
+from steelyard.recipe import PolicyConfig
+from steelyard.stages import judge_all
 from steelyard.types import Message, Prompt
 
 KEY = "sk-very-secret-0123456789"
@@ -555,3 +558,60 @@ def test_answers_that_are_none(row: dict[str, Any], message: str, tmp_path: Path
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "response": "x"}, row])
     with pytest.raises(InputError, match=re.escape(f"a.jsonl:{message}")):
         read_answers(path)
+
+
+# ---- the command, and a recipe's stage ---------------------------------------------------------------------------
+
+
+def test_the_command_and_its_report(
+    server: Server, reward_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.speak = lambda body, n: completion("hm") if "vague" in shown(body) else honest(body, n)
+    files = {
+        name: tiny.write_jsonl(
+            tmp_path / f"{name}.jsonl", [{"prompt": f"p{n}", "response": t} for n, t in enumerate(texts)]
+        )
+        for name, texts in {"old": ["bad", "x", "good"], "new": ["good", "vague", "good w1 good"]}.items()
+    }
+    out, rm = tmp_path / "out", reward_model("llama")
+    command = ["evaluate", "judge", "--answers", "old", files["old"], "new", files["new"], "--out", str(out)]
+    ask = ["--url", server.url, "--model", "wise", "--backoff", "0", "--retries", "1"]
+    assert main([*command, *ask, "--reward-models", rm]) == 0
+    assert "Win / tie / lose by wise" in capsys.readouterr().out
+    found = json.loads((out / "evaluate" / "judge.json").read_text())
+    assert [(w["judge"], w["n"]) for w in found["wins"]] == [(f"reward model {rm}", 3), ("wise", 2)]
+    page = (out / "report.html").read_text()
+    for text in ("Head to head", "Judge models", f"reward model {rm}", "new better", "same verdict in both orders"):
+        assert text in page
+    assert main([*command, *ask]) == 2
+    assert "judge.json: exists already" in capsys.readouterr().err
+
+    command[-1] = str(tmp_path / "other")
+    assert main(command) == 2
+    assert "nobody judges" in capsys.readouterr().err
+    assert main([*command, *ask, "--run", str(out)]) == 2
+    assert "answers or run: give one of them" in capsys.readouterr().err
+    assert main([*command, *ask, "--api-key", KEY]) == 2
+    capsys.readouterr()
+    server.speak = lambda body, n: failure(503, "down for today")
+    assert main([*command, *ask]) == 1
+    told = capsys.readouterr().err
+    assert "steelyard evaluate judge: " in told
+    assert "no answer after 2 attempts, the last one: status 503" in told
+    assert "Traceback" not in told
+
+
+def test_a_recipe_judges_once_what_its_policies_said(server: Server, tmp_path: Path) -> None:
+    server.speak = honest
+    zeros = np.zeros((2, 1))
+    held = {
+        name: Answers([[t], [t]], None, zeros, zeros, zeros, zeros + 1) for name, t in (("SFT", "bad"), ("PPO", "good"))
+    }
+    write_answers(tmp_path / "evaluate" / "answers", held, ["p", "q"])
+    policy = PolicyConfig(judge={"url": server.url, "model": "wise"})
+    for _ in range(2):
+        judge_all(policy, tmp_path)
+    assert len(server.bodies) == 4
+    (row,) = json.loads((tmp_path / "evaluate" / "judge.json").read_text())["wins"]
+    assert (row["a"], row["b"]) in {("PPO", "SFT"), ("SFT", "PPO")}
+    assert row["score"] == (1.0 if row["a"] == "PPO" else 0.0)

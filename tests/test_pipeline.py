@@ -16,9 +16,12 @@ import yaml
 import tiny
 from conftest import Folders
 from steelyard.cli import main
+from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
-from steelyard.recipe import Recipe, check, ppo_config
+from steelyard.evaluate.answers import read_folder
+from steelyard.recipe import Recipe, arm_reward, arms_by, check, dpo_config, evaluation_length, ppo_config
 from steelyard.run_dir import RunDir
+from steelyard.stages import GOLD
 
 OPTIM = {"lr": 3e-3}
 TINY: dict[str, Any] = {
@@ -42,16 +45,23 @@ TINY: dict[str, Any] = {
             "steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2, "max_length": 160, "save_every": 1,
             "sampling": {"max_new_tokens": 6}, "actor": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "scale_warmup": 8,
         },
-        "arms": {"plain PPO": {"reward": "plain"}, "contrastive PPO": {"rm": "flip+margin"}},
+        "dpo": {"batch_size": 8, "max_length": 160, "optim": OPTIM, "eval_every": 2, "answers": 4, "log_every": 1,
+                "save_every": 1, "sampling": {"max_new_tokens": 6}},
+        "arms": {"plain PPO": {"reward": "plain"}, "contrastive PPO": {"rm": "flip+margin"},
+                 "DPO": {"method": "dpo", "data": "flip+margin", "beta": 0.2}},
         "evaluate": {"k": 1, "sampling": {"max_new_tokens": 6}},
     },
     "workers": 1,
 }  # fmt: skip
 STAGES = [
     "data", "SFT", "strength, in-sample", "strength, out-of-fold", "repair", "reward models", "examination",
-    "baselines", "PPO", "policy evaluation",
+    "baselines", "PPO", "DPO", "policy evaluation",
 ]  # fmt: skip
-TIMED = {"timings.jsonl", "stages.json", "summary.json", "run.json", "report.html", "recipe.yaml"}
+TIMED = {"timings.jsonl", "cost.json", "stages.json", "summary.json", "run.json", "report.html", "recipe.yaml"}
+
+
+DPO = {"method": "dpo"}
+JUDGE = {"url": "http://localhost:1/v1", "model": "wise"}
 
 
 @contextmanager
@@ -121,7 +131,7 @@ def test_every_stage_leaves_what_the_report_shows(whole: tuple[Path, int]) -> No
         "Reward models: accuracy on held-out pairs", "Policies on held-out prompts", "Win / tie / lose by gold",
     ]  # fmt: skip
     assert [row[0] for row in summary["tables"][2]["rows"]] == ["plain", "flip+margin", "oracle flip"]
-    assert [row[0] for row in summary["tables"][3]["rows"]] == ["SFT", "plain PPO", "contrastive PPO"]
+    assert [row[0] for row in summary["tables"][3]["rows"]] == ["SFT", "plain PPO", "contrastive PPO", "DPO"]
     page = (run / "report.html").read_text()
     assert "contrastive PPO" in page
     assert "Tiny" in page
@@ -130,11 +140,26 @@ def test_every_stage_leaves_what_the_report_shows(whole: tuple[Path, int]) -> No
     turned = {r["id"] for r in map(json.loads, (run / "repair/oracle-flip.changes.jsonl").read_text().splitlines())}
     assert turned == wrong
     # What the PPO section says of contrastive rewards is for the contrastive arm alone.
-    configs = {arm: json.loads((run / "ppo" / arm / "config.json").read_text()) for arm in TINY["policy"]["arms"]}
+    arms = ("plain PPO", "contrastive PPO")
+    configs = {arm: json.loads((run / "ppo" / arm / "config.json").read_text()) for arm in arms}
     assert configs["contrastive PPO"]["scale_warmup"] == 8
     assert configs["contrastive PPO"]["reward_model"] == "run/rm/flip+margin/model"
     assert configs["plain PPO"]["baselines"] is None
     assert configs["plain PPO"]["actor"]["decay"] is False, "a rate of one's own must not bring the decay back"
+    # DPO learns from the pairs of its repair arm, and is seen by the reward model of the same pairs.
+    dpo = json.loads((run / "dpo" / "DPO" / "config.json").read_text())
+    assert (dpo["data"], dpo["beta"], dpo["gold"]) == ("run/repair/flip+margin.jsonl", 0.2, GOLD)
+    assert dpo["reward_model"] == "run/rm/flip+margin/model"
+    found = json.loads((run / "evaluate" / "policy.json").read_text())
+    assert [(w["a"], w["b"]) for w in found["wins"]][-1] == ("DPO", "contrastive PPO")
+    points = {arm: [p["step"] for p in found["frontier"] if p["arm"] == arm] for arm in TINY["policy"]["arms"]}
+    assert points == {"plain PPO": [1, 2, 3], "contrastive PPO": [1, 2, 3], "DPO": [2, 4]}
+    assert all(p["gold"] is not None and p["proxy"] is not None for p in found["frontier"])
+    assert "DPO, step by step" in page
+    # What the policies said stays, for judges.
+    answers = read_folder(run)
+    assert list(answers) == ["SFT", *TINY["policy"]["arms"]]
+    assert [len(held) for held in answers.values()] == [4] * 4
 
 
 def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
@@ -277,6 +302,25 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"policy": {"arms": {"a": {"reward": "plain", "k": 2}}}}, "^policy.arms.a: k: no effect with reward = plain"),
         ({"policy": {"arms": {"a": {"reward": "plain", "kl_horizon": 9}}}}, "^policy.arms.a: kl_horizon: no effect"),
         ({"policy": {"arms": {"a": {"gold": "x:y"}}}}, "^policy.arms.a: gold is filled in"),
+        ({"policy": {"arms": {}}}, "^policy.arms: name at least one arm"),
+        ({"policy": {"arms": {"a": {"method": "sft"}}}}, r"^policy.arms.a.method must be one of \['ppo', 'dpo'\]"),
+        ({"policy": {"arms": {"a": {"data": "plain"}}}}, "^policy.arms.a.data: no such setting"),
+        ({"policy": {"arms": {"a": DPO | {"data": "x"}}}}, r"^policy.arms.a.data must be one of \['plain'\], got 'x'"),
+        ({"policy": {"arms": {"a": DPO | {"rm": "x"}}}}, r"^policy.arms.a.rm must be one of \['plain'\], got 'x'"),
+        ({"policy": {"arms": {"a": DPO | {"beta": 0}}}}, "^policy.arms.a.beta: must be above 0, got 0"),
+        ({"policy": {"arms": {"a": DPO | {"kl_coef": 0.1}}}}, "^policy.arms.a.kl_coef: no such setting"),
+        ({"policy": {"arms": {"a": DPO | {"gold": "x:y"}}}}, "^policy.arms.a: gold is filled in"),
+        ({"policy": {"arms": {"a": DPO | {"eval_every": None, "gold": "x:y"}}}}, "^policy.arms.a: gold: no effect"),
+        ({"policy": {"arms": {"a": DPO | {"eval_every": None, "answers": 3}}}}, "^policy.arms.a: answers: no effect"),
+        ({"policy": {"arms": {"a": DPO}, "dpo": {"betta": 1}}}, "^policy.dpo.betta: no such setting"),
+        ({"policy": {"arms": {"a": DPO}, "ppo": {"steps": 1}}}, "^policy.ppo: no effect without an arm of `method:"),
+        ({"policy": {"dpo": {"beta": 1}}}, "^policy.dpo: no effect without an arm of `method: dpo"),
+        ({"policy": {"judge": {}}}, "^policy.judge: nobody judges"),
+        ({"policy": {"judge": JUDGE | {"urls": "x"}}}, "^policy.judge.urls: no such setting"),
+        ({"policy": {"judge": JUDGE | {"against": "x"}}}, r"^policy.judge.against must be one of \['SFT', 'plain PPO'"),
+        ({"policy": {"judge": JUDGE | {"per_prompt": 3}}}, "^policy.judge.per_prompt must be at most .*k = 2, got 3"),
+        ({"policy": {"judge": JUDGE | {"key_variable": "NOT_THERE"}}}, "^policy.judge.key_variable: .*NOT_THERE is no"),
+        ({"policy": {"judge": {"reward_models": ["gone"]}}}, "^policy.judge.reward_models: gone: no such folder"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_before_the_first_stage(changes: dict[str, Any], said: str) -> None:
@@ -324,3 +368,23 @@ def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
         "par",
         "scaled",
     ]
+
+
+def test_dpo_arms_get_the_settings_of_their_repair() -> None:
+    repair = {"plain": {"recipe": "keep"}, "soft": {"recipe": "soft+margin", "margin_in_flip": False}}
+    arms = {"first": DPO, "soft": DPO | {"data": "soft"}, "other": DPO | {"data": "soft", "rm": "plain"},
+            "blind": DPO | {"data": "soft", "eval_every": None, "use_margin": False}}  # fmt: skip
+    policy = {"dpo": {"beta": 0.3, "max_length": 99}, "arms": arms}
+    recipe = Recipe.model_validate({"world": {}, "sft": {}, "repair": repair, "policy": policy})
+    check(recipe)
+    assert recipe.policy is not None
+    assert (arms_by(recipe.policy, "dpo"), arms_by(recipe.policy, "ppo")) == (list(arms), [])
+    assert [arm_reward(recipe, recipe.policy, name) for name in arms] == ["plain", "soft", "plain", "soft"]
+    assert evaluation_length(recipe.policy) == 99
+    options = RepairOptions.model_validate(repair["soft"])
+    paths: dict[str, Any] = {"data": "d", "model": "m", "prompts": "p", "reward_model": "r", "gold": None}
+    found = {n: dpo_config(recipe, recipe.policy, n, options, validation={"v": "f"}, **paths) for n in arms}
+    assert {(c.beta, c.max_length, c.data, c.model) for c in found.values()} == {(0.3, 99, "d", "m")}
+    assert not found["soft"].margin_in_flip
+    assert (found["soft"].prompts, found["soft"].reward_model, found["soft"].validation) == ("p", "r", {"v": "f"})
+    assert (found["blind"].prompts, found["blind"].reward_model, found["blind"].validation) == (None, None, {})

@@ -629,3 +629,31 @@ def test_no_torch_is_imported(whole: Path, tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dpo_arms_and_judges_of_their_own_file(tmp_path: Path) -> None:
+    """A judge's name is data, like all others; a judge that decided nothing still has its row."""
+    rows = [{"step": n, "dpo/loss": 0.69 - 0.1 * n, "dpo/kl": 1.0 * n} for n in range(3)]
+    _stage(tmp_path / "dpo" / "mine", rows, {"beta": 0.1}, [])
+    trusted = {"consistency": 0.75, "first_share": 0.5, "replies": 40, "unreadable": 1, "refused": 0}
+    wins = [
+        {"a": "mine", "b": "SFT", "judge": HOSTILE, "win": 0.6, "tie": 0.3, "lose": 0.1, "score": 0.75, "low": 0.6,
+         "high": 0.9, "n": 19, "without_verdict": 1} | trusted,
+        {"a": "mine", "b": "x", "judge": "reward model rm", "win": 0.0, "tie": 0.0, "lose": 0.0, "score": None, "n": 0},
+    ]  # fmt: skip
+    _json(tmp_path / "evaluate" / "judge.json", {"wins": wins, "judges": []})
+    page = build_report(tmp_path).read_text()
+    for text in (
+        "DPO, step by step",
+        "Head to head",
+        "Judge models",
+        "mine better",
+        "reward model rm",
+        "KL to the ref",
+    ):
+        assert text in page
+    assert "<script" not in page
+    assert page.index("Judge models") < page.index("DPO, step by step")
+    (tmp_path / "evaluate" / "judge.json").write_text('{"wins": [{"a": "x"}]}')
+    with pytest.raises(InputError, match=r"judge.json: field wins.0.b"):
+        build_report(tmp_path)

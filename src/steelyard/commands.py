@@ -22,8 +22,10 @@ from steelyard.data.export import refuse_annotated, write_annotated, write_prefe
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
+from steelyard.evaluate.answers import FOLDER, write_answers
 from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, health_table
 from steelyard.evaluate.features import FeatureConfig, examine_features
+from steelyard.evaluate.judge import JudgedFilesConfig, judge
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.measure import StrengthConfig, measure, read_scores
 from steelyard.parallel import default_workers, run_jobs
@@ -41,7 +43,8 @@ from steelyard.study.data import run_data_study
 from steelyard.study.data_config import DataStudy
 from steelyard.study.metarm import MetaRMStudy, run_metarm
 from steelyard.study.strength import StrengthStudy, run_strength_study
-from steelyard.summary import describe_run, tables
+from steelyard.summary import describe_run, judge_tables, tables
+from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.metarm import MetaRMConfig, train_metarm
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
@@ -264,8 +267,18 @@ def evaluate_policy(args: Args) -> None:
         name: answer(folder, config.sft, config.reward_model, prompts, encoder, gold, config)
         for name, folder in folders.items()
     }
+    write_answers(target.parent / FOLDER, answers, prompts)
     _write(target, compare(answers, prompts, config, first="SFT"))
     _show(tables(extra.out))
+
+
+def evaluate_judge(args: Args) -> None:
+    """Win / tie / lose by judges. Given again after an error, it goes on from the verdicts that it has."""
+    config, extra = parse(JudgedFilesConfig, args, verb="evaluate judge", about=VERBS["evaluate judge"], out=OUT)
+    target = _new(extra.out / "evaluate" / "judge.json")
+    _write(target, judge(config, config.read(), target.parent))
+    _show(judge_tables(extra.out))
+    print(f"\nreport: {build_report(extra.out)}")
 
 
 def evaluate_features(args: Args) -> None:
@@ -372,12 +385,14 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "train sft": train(SFTConfig, train_sft, "train sft"),
     "train reward": train(RewardConfig, train_reward, "train reward"),
     "train ppo": train(PPOConfig, train_ppo, "train ppo"),
+    "train dpo": train(DPOConfig, train_dpo, "train dpo"),
     "train metarm": train(MetaRMConfig, train_metarm, "train metarm"),
     "strength": strength,
     "repair": repair_command,
     "sample": sample_command,
     "evaluate reward": evaluate_reward,
     "evaluate policy": evaluate_policy,
+    "evaluate judge": evaluate_judge,
     "evaluate features": evaluate_features,
     "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
     "study data": study_data,

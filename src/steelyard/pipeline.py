@@ -1,7 +1,7 @@
 """The whole road from a noisy preference file to a better policy, as one recipe of resumable stages.
 
-simulate (or the user's files) -> SFT -> strength -> repair -> reward models -> examination -> baselines -> PPO ->
-evaluation -> report. Every stage leaves a folder and is skipped when it has finished.
+simulate (or the user's files) -> SFT -> strength -> repair -> reward models -> examination -> baselines -> PPO
+and DPO -> evaluation -> judges -> report. Every stage leaves a folder and is skipped when it has finished.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from steelyard import stages
 from steelyard.errors import InputError
-from steelyard.recipe import Recipe, check
+from steelyard.recipe import Recipe, arms_by, check
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.summary import describe_run, tables
 
@@ -52,9 +52,14 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
     run.stage("reward models", lambda: stages.reward_models(recipe, files, model, arms, out))
     run.stage("examination", lambda: stages.examine_all(recipe, files, list(arms), out))
     if (policy := recipe.policy) is not None:
-        scored = run.stage("baselines", lambda: stages.baselines(recipe, policy, files, model, out))
-        run.stage("PPO", lambda: stages.optimise(recipe, policy, files, model, scored, out))
+        if arms_by(policy, "ppo"):
+            scored = run.stage("baselines", lambda: stages.baselines(recipe, policy, files, model, out))
+            run.stage("PPO", lambda: stages.optimise(recipe, policy, files, model, scored, out))
+        if arms_by(policy, "dpo"):
+            run.stage("DPO", lambda: stages.prefer(recipe, policy, files, model, arms, out))
         run.stage("policy evaluation", lambda: stages.evaluate(recipe, policy, files, model, out))
+        if policy.judge is not None:
+            run.stage("judges", lambda: stages.judge_all(policy, out))
     about = describe_run(recipe.name, recipe.seed, began, command)
     write_json_atomic(out / "run.json", about | {"seconds": sum(s["seconds"] for s in run.stages)})
     summary = {"tables": tables(out), "stages": run.stages}

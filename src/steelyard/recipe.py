@@ -14,15 +14,21 @@ from steelyard.config import Config, explain
 from steelyard.data.load import OnInvalid
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
+from steelyard.evaluate.endpoint import read_key
+from steelyard.evaluate.judge import JudgeConfig
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.measure import Scoring, StrengthConfig
 from steelyard.ppo_settings import PPOConfig
 from steelyard.simulate.write import WorldConfig
+from steelyard.train.dpo import DPOConfig
 from steelyard.train.reward import RewardConfig
 from steelyard.train.sft import SFTConfig
 
 C = TypeVar("C", bound=Config)
 Settings = dict[str, Any]
+
+METHODS = ("ppo", "dpo")
+_OF_ARMS = {"method", "rm", "data"}  # what a policy arm has beside the fields of its stage
 
 
 class DataConfig(Config):
@@ -42,12 +48,15 @@ class PolicyConfig(Config):
     """The policy side of a recipe."""
 
     baselines: Settings = Field(default_factory=dict, description="offline sampling: fields of `steelyard sample`")
-    ppo: Settings = Field(default_factory=dict, description="fields of `steelyard train ppo`, for all arms")
+    ppo: Settings = Field(default_factory=dict, description="fields of `steelyard train ppo`, for all its arms")
+    dpo: Settings = Field(default_factory=dict, description="fields of `steelyard train dpo`, for all its arms")
     arms: dict[str, Settings] = Field(
         default_factory=lambda: {"plain PPO": {"reward": "plain"}, "contrastive PPO": {"reward": "contrastive"}},
-        description="name -> fields that differ, and `rm`: the reward model's arm",
+        description="name -> fields that differ, and `rm`: the reward model's arm; an arm with `method: dpo` has "
+        "`data`: the repair arm whose pairs it learns from",
     )
     evaluate: Settings = Field(default_factory=dict, description="examination of the policies")
+    judge: Settings | None = Field(None, description="fields of `steelyard evaluate judge`; none given: no judge")
     limit_eval: int | None = Field(None, ge=1, description="examine on the first prompts only")
 
 
@@ -124,9 +133,28 @@ def arm_setting(policy: PolicyConfig, arm: str, name: str) -> Any:
     return (policy.ppo | policy.arms[arm]).get(name, PPOConfig.model_fields[name].default)
 
 
+def arms_by(policy: PolicyConfig, method: str) -> list[str]:
+    """The policy arms that are trained by one of `METHODS`."""
+    return [name for name, settings in policy.arms.items() if settings.get("method", METHODS[0]) == method]
+
+
+def arm_data(recipe: Recipe, policy: PolicyConfig, arm: str) -> str:
+    """The repair arm that a DPO arm learns from: its `data`, or the first one."""
+    return str(policy.arms[arm].get("data", default_arm(recipe)))
+
+
+def arm_reward(recipe: Recipe, policy: PolicyConfig, arm: str) -> str:
+    """The reward model's arm that a policy arm is trained against, or (DPO) only examined by: its `rm`.
+
+    Without one: the first repair arm; for DPO the reward model of the pairs that it learns from.
+    """
+    own = arm_data(recipe, policy, arm) if arm in arms_by(policy, "dpo") else default_arm(recipe)
+    return str(policy.arms[arm].get("rm", own))
+
+
 def needs_baselines(policy: PolicyConfig, arm: str) -> bool:
     """Whether a policy arm is paid relative to stored baselines."""
-    return bool(arm_setting(policy, arm, "reward") != "plain")
+    return arm in arms_by(policy, "ppo") and bool(arm_setting(policy, arm, "reward") != "plain")
 
 
 def ppo_config(
@@ -140,9 +168,9 @@ def ppo_config(
     baselines: str,
     gold: str | None,
 ) -> PPOConfig:
-    """Settings of one policy arm. What `policy.ppo` says of baselines, scaling or critic is left out where an arm
+    """Settings of one PPO arm. What `policy.ppo` says of baselines, scaling or critic is left out where an arm
     has none."""
-    shared, own = policy.ppo, {name: value for name, value in policy.arms[arm].items() if name != "rm"}
+    shared, own = policy.ppo, {name: v for name, v in policy.arms[arm].items() if name not in ("method", "rm")}
     fixed: Settings = {"policy": model, "prompts": prompts, "reward_model": reward_model, "gold": gold}
     idle: set[str] = set()
     if needs_baselines(policy, arm):
@@ -155,6 +183,46 @@ def ppo_config(
         idle |= ppo_settings.CRITIC_ONLY
     shared = {name: value for name, value in shared.items() if name not in idle}
     return build(PPOConfig, f"policy.arms.{arm}", {"seed": recipe.seed} | shared | own, **fixed)
+
+
+def dpo_config(
+    recipe: Recipe,
+    policy: PolicyConfig,
+    arm: str,
+    options: RepairOptions,
+    *,
+    data: str,
+    model: str,
+    prompts: str,
+    reward_model: str,
+    validation: dict[str, str],
+    gold: str | None,
+) -> DPOConfig:
+    """Settings of one DPO arm; `options` are those of the repair that wrote its `data`."""
+    own = {name: value for name, value in policy.arms[arm].items() if name not in _OF_ARMS}
+    seen: Settings = {"prompts": prompts, "reward_model": reward_model, "gold": gold, "validation": validation}
+    return _dpo(f"policy.arms.{arm}", {"seed": recipe.seed} | policy.dpo | own, options, seen, data=data, model=model)
+
+
+def _dpo(where: str, settings: Settings, options: RepairOptions, seen: Settings, **fixed: Any) -> DPOConfig:
+    if settings.get("eval_every", DPOConfig.model_fields["eval_every"].default) is not None:
+        fixed |= seen
+    elif clash := set(settings) & set(seen):
+        raise InputError(f"{where}: {', '.join(sorted(clash))}: no effect without eval_every; leave out")
+    if settings.get("use_margin", True):
+        fixed["margin_in_flip"] = options.margin_in_flip
+    return build(DPOConfig, where, settings, **fixed)
+
+
+def judge_config(policy: PolicyConfig) -> JudgeConfig:
+    """Settings of the judges."""
+    return build(JudgeConfig, "policy.judge", policy.judge or {})
+
+
+def evaluation_length(policy: PolicyConfig) -> int:
+    """Tokens of prompt and response in the policies' examination: as in training, of PPO where there is any."""
+    settings, config = (policy.ppo, PPOConfig) if arms_by(policy, "ppo") else (policy.dpo, DPOConfig)
+    return int(settings.get("max_length", config.model_fields["max_length"].default))
 
 
 def evaluation_config(policy: PolicyConfig) -> PolicyEvaluationConfig:
@@ -212,17 +280,65 @@ def _check_stages(recipe: Recipe) -> None:
 
 
 def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
+    if not policy.arms:
+        raise InputError("policy.arms: name at least one arm, such as `plain PPO: {reward: plain}`")
+    for name, settings in policy.arms.items():
+        if (method := settings.get("method", METHODS[0])) not in METHODS:
+            raise InputError(f"policy.arms.{name}.method must be one of {list(METHODS)}, got {method!r}")
+        if method == "dpo" and arm_data(recipe, policy, name) not in recipe.repair:
+            raise InputError(
+                f"policy.arms.{name}.data must be one of {list(recipe.repair)}, got {settings.get('data')!r}"
+            )
+        if arm_reward(recipe, policy, name) not in recipe.repair:
+            raise InputError(f"policy.arms.{name}.rm must be one of {list(recipe.repair)}, got {settings.get('rm')!r}")
+    for method, shared in (("ppo", policy.ppo), ("dpo", policy.dpo)):
+        if shared and not arms_by(policy, method):
+            raise InputError(
+                f"policy.{method}: no effect without an arm of `method: {method}`; leave it out, or add one"
+            )
     baseline_config(recipe, policy, model="", prompts="", reward_model="")
     evaluation_config(policy)
+    _check_ppo(recipe, policy)
+    _check_dpo(recipe, policy)
+    if policy.judge is not None:
+        _check_judge(policy)
+
+
+def _check_ppo(recipe: Recipe, policy: PolicyConfig) -> None:
     build(PPOConfig, "policy.ppo", policy.ppo, policy="", reward_model="", prompts="")
-    for name, settings in policy.arms.items():
-        if settings.get("rm", default_arm(recipe)) not in recipe.repair:
-            raise InputError(f"policy.arms.{name}.rm must be one of {list(recipe.repair)}, got {settings.get('rm')!r}")
+    for name in arms_by(policy, "ppo"):
         config = ppo_config(recipe, policy, name, model="", prompts="", reward_model="", baselines="", gold=None)
         try:
             ppo_settings.check(config)
         except InputError as error:
             raise InputError(f"policy.arms.{name}: {error}") from None
+
+
+def _check_dpo(recipe: Recipe, policy: PolicyConfig) -> None:
+    paths: Settings = {"prompts": "", "reward_model": "", "gold": None, "validation": {}}
+    _dpo("policy.dpo", policy.dpo, RepairOptions(), paths, data="", model="")
+    for name in arms_by(policy, "dpo"):
+        data = arm_data(recipe, policy, name)
+        options = build(RepairOptions, f"repair.{data}", recipe.repair[data])
+        dpo_config(recipe, policy, name, options, data="", model="", **paths)
+
+
+def _check_judge(policy: PolicyConfig) -> None:
+    """Also what the judges need later: it would be missed only hours after the start."""
+    config = judge_config(policy)
+    policies = ["SFT", *policy.arms]
+    if config.against is not None and config.against not in policies:
+        raise InputError(f"policy.judge.against must be one of {policies}, got {config.against!r}")
+    k = evaluation_config(policy).k
+    if config.per_prompt > k:
+        raise InputError(f"policy.judge.per_prompt must be at most policy.evaluate.k = {k}, got {config.per_prompt}")
+    for folder in config.reward_models:
+        if not Path(folder).is_dir():
+            raise InputError(f"policy.judge.reward_models: {folder}: no such folder")
+    try:
+        read_key(config)
+    except InputError as error:
+        raise InputError(f"policy.judge.{error}") from None
 
 
 def default_arm(recipe: Recipe) -> str:

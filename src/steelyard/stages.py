@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences, load_prompts
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
+from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
 from steelyard.evaluate.examination import examine_sets, open_model, reward_file
+from steelyard.evaluate.judge import judge
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
 from steelyard.measure import Scoring, measure
 from steelyard.parallel import default_workers, run_jobs
@@ -23,10 +25,15 @@ from steelyard.recipe import (
     PolicyConfig,
     Recipe,
     Settings,
+    arm_data,
+    arm_reward,
+    arms_by,
     baseline_config,
     build,
-    default_arm,
+    dpo_config,
     evaluation_config,
+    evaluation_length,
+    judge_config,
     needs_baselines,
     ppo_config,
     reward_config,
@@ -37,6 +44,7 @@ from steelyard.recipe import (
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
 from steelyard.simulate.write import FILES, write_world
+from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
@@ -237,11 +245,7 @@ def examine_model(folder: str, validation: dict[str, str], settings: Settings) -
 
 def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> dict[str, str]:
     """Scored baselines for every reward model whose arm needs them; the responses are sampled once."""
-    arms = {
-        settings.get("rm", default_arm(recipe))
-        for name, settings in policy.arms.items()
-        if needs_baselines(policy, name)
-    }
+    arms = {arm_reward(recipe, policy, name) for name in policy.arms if needs_baselines(policy, name)}
     scored = {}
     for arm in sorted(arms):
         reward = str(out / "rm" / arm / "model")
@@ -253,26 +257,58 @@ def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, ou
 def optimise(
     recipe: Recipe, policy: PolicyConfig, files: Files, model: str, scored: Mapping[str, str], out: Path
 ) -> None:
+    """PPO, for every arm of that method."""
     jobs = []
-    for name, settings in policy.arms.items():
-        arm = settings.get("rm", default_arm(recipe))
+    for name in arms_by(policy, "ppo"):
+        arm = arm_reward(recipe, policy, name)
         config = ppo_config(
             recipe, policy, name, model=model, prompts=files.prompts, reward_model=str(out / "rm" / arm / "model"),
             baselines=scored.get(arm, ""), gold=files.gold,
         )  # fmt: skip
         jobs.append((config, out / "ppo" / name))
+    _train_arms(recipe, _train_ppo, jobs, arms_by(policy, "ppo"))
+
+
+def prefer(
+    recipe: Recipe,
+    policy: PolicyConfig,
+    files: Files,
+    model: str,
+    repaired: Mapping[str, tuple[str, RepairOptions]],
+    out: Path,
+) -> None:
+    """DPO, for every arm of that method, on the repaired pairs that it names."""
+    jobs = []
+    for name in arms_by(policy, "dpo"):
+        data, options = repaired[arm_data(recipe, policy, name)]
+        reward = str(out / "rm" / arm_reward(recipe, policy, name) / "model")
+        config = dpo_config(
+            recipe, policy, name, options, data=data, model=model, prompts=files.prompts, reward_model=reward,
+            validation=files.validation, gold=files.gold,
+        )  # fmt: skip
+        jobs.append((config, out / "dpo" / name))
+    _train_arms(recipe, _train_dpo, jobs, arms_by(policy, "dpo"))
+
+
+def _train_arms(
+    recipe: Recipe, train: Callable[..., Any], jobs: Sequence[tuple[Any, Path]], names: Sequence[str]
+) -> None:
     run_jobs(
-        _train_ppo,
+        train,
         jobs,
         workers=min(len(jobs), recipe.workers or default_workers()),
         threads=recipe.threads,
-        labels=list(policy.arms),
-        on_done=lambda i, _: print(f"  {list(policy.arms)[i]} trained", flush=True),
+        labels=names,
+        on_done=lambda i, _: print(f"  {names[i]} trained", flush=True),
     )
 
 
 def _train_ppo(config: PPOConfig, out: Path) -> dict[str, Any]:
     return train_ppo(config, out, resume=True, quiet=True)
+
+
+def _train_dpo(config: DPOConfig, out: Path) -> dict[str, Any]:
+    return train_dpo(config, out, resume=True, quiet=True)
 
 
 def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out: Path) -> None:
@@ -281,21 +317,34 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     if target.exists():
         return
     config = evaluation_config(policy)
-    encoder_length = policy.ppo.get("max_length", PPOConfig.model_fields["max_length"].default)
+    encoder_length = evaluation_length(policy)
     encoder = Encoder.load(model, max_length=encoder_length)
     prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
     # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
-    first = out / "rm" / next(iter(policy.arms.values())).get("rm", default_arm(recipe)) / "model"
-    jobs: list[tuple[Any, ...]] = [(model, model, str(first), prompts, encoder_length, files.gold, config)]
-    for name, settings in policy.arms.items():
-        rm = out / "rm" / settings.get("rm", default_arm(recipe)) / "model"
-        jobs.append((str(out / "ppo" / name / "model"), model, str(rm), prompts, encoder_length, files.gold, config))
+    rewards = {name: str(out / "rm" / arm_reward(recipe, policy, name) / "model") for name in policy.arms}
+    first = next(iter(rewards.values()))
+    jobs: list[tuple[Any, ...]] = [(model, model, first, prompts, encoder_length, files.gold, config)]
+    for name, reward in rewards.items():
+        trained = str(out / _method(policy, name) / name / "model")
+        jobs.append((trained, model, reward, prompts, encoder_length, files.gold, config))
     workers = min(len(jobs), recipe.workers or default_workers())
     results = run_jobs(_answer, jobs, workers=workers, threads=recipe.threads)
     answers = dict(zip(["SFT", *policy.arms], results, strict=True))
     found = compare(answers, prompts, config, first="SFT") | {"frontier": _frontier(policy, out)}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    write_answers(target.parent / FOLDER, answers, prompts)
     write_json_atomic(target, found)
+
+
+def judge_all(policy: PolicyConfig, out: Path) -> None:
+    """Judges' verdicts on the answers that the examination left."""
+    target = out / "evaluate" / "judge.json"
+    if not target.exists():
+        write_json_atomic(target, judge(judge_config(policy), read_folder(out), target.parent))
+
+
+def _method(policy: PolicyConfig, arm: str) -> str:
+    """How a policy arm is trained, which is also the name of the folder that holds its stage folder."""
+    return "dpo" if arm in arms_by(policy, "dpo") else "ppo"
 
 
 def prompts_that_fit(path: str, encoder: Encoder, config: PolicyEvaluationConfig) -> list[Prompt]:
@@ -325,22 +374,22 @@ def _answer(
 
 
 def _frontier(policy: PolicyConfig, out: Path) -> list[dict[str, Any]]:
-    """Gold and (normalised) proxy reward by KL (at temperature 1, as in the examination), along each PPO run."""
+    """Gold and (normalised) proxy reward by KL (at temperature 1, as in the examination), along each policy's run.
+
+    A DPO run has points only where it was examined.
+    """
     points = []
     for name in policy.arms:
-        folder = out / "ppo" / name
+        kind = _method(policy, name)
+        folder, kl = out / kind / name, {"ppo": "ppo/kl_plain", "dpo": "dpo/kl"}[kind]
         reward = json.loads((folder / "config.json").read_text())["reward_model"]
-        config = json.loads((Path(reward) / "config.json").read_text())
-        mean, std = config.get("steelyard_reward", (0.0, 1.0))
+        mean, std = 0.0, 1.0
+        if reward is not None:
+            mean, std = json.loads((Path(reward) / "config.json").read_text()).get("steelyard_reward", (0.0, 1.0))
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             m = json.loads(line)
-            points.append(
-                {
-                    "arm": name,
-                    "step": m["step"],
-                    "kl": m["ppo/kl_plain"],
-                    "gold": m.get("ppo/gold"),
-                    "proxy": (m["ppo/reward_raw"] - mean) / std,
-                }
-            )
+            if kl in m:
+                proxy = (m[f"{kind}/reward_raw"] - mean) / std
+                point = {"arm": name, "step": m["step"], "kl": m[kl], "gold": m.get(f"{kind}/gold"), "proxy": proxy}
+                points.append(point)
     return points

@@ -96,19 +96,42 @@ def tables(out: Path) -> list[dict[str, Any]]:
                 "note": "Proxy: the policy's own reward model, normalised (for SFT the first policy's). One seed each.",
             }
         )
-        if result["wins"]:
-            found.append(
-                {
-                    "title": "Win / tie / lose by gold",
-                    "columns": ["policy", "against", "win", "tie", "lose", "score"],
-                    "rows": [
-                        [w["a"], w["b"], w["win"], w["tie"], w["lose"], _interval(w, "score", "")]
-                        for w in result["wins"]
-                    ],
-                    "note": "Score: wins and half the ties, with a 95 % bootstrap interval by prompt.",
-                }
-            )
+        found += _win_tables(result["wins"])
+    return found + judge_tables(out)
+
+
+def judge_tables(out: Path) -> list[dict[str, Any]]:
+    """The summary's tables of evaluate/judge.json: wins by each judge, and how far a judge model can be trusted."""
+    path = out / "evaluate" / "judge.json"
+    if not path.exists():
+        return []
+    wins = json.loads(path.read_text())["wins"]
+    found = _win_tables(wins)
+    if asked := [w for w in wins if "replies" in w]:
+        columns = ["judge", "policy", "against", "same verdict in both orders", "first answer wins"]
+        columns += ["replies", "unreadable", "refused", "comparisons without verdict"]
+        keys = ("consistency", "first_share", "replies", "unreadable", "refused", "without_verdict")
+        rows = [[w["judge"], w["a"], w["b"], *("unknown" if w[k] is None else w[k] for k in keys)] for w in asked]
+        note = "Verdicts that disagree are ties. Comparisons without a readable verdict in both orders are left out."
+        found.append({"title": "Judge models", "columns": columns, "rows": rows, "note": note})
     return found
+
+
+def _win_tables(wins: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A table for each judge."""
+    return [
+        {
+            "title": f"Win / tie / lose by {judge}",
+            "columns": ["policy", "against", "win", "tie", "lose", "score"],
+            "rows": [
+                [w["a"], w["b"], w["win"], w["tie"], w["lose"], _interval(w, "score", "")]
+                for w in wins
+                if w["judge"] == judge
+            ],
+            "note": "Score: wins and half the ties, with a 95 % bootstrap interval by prompt.",
+        }
+        for judge in dict.fromkeys(w["judge"] for w in wins)
+    ]
 
 
 def _interval(row: Mapping[str, Any], name: str, prefix: str | None = None) -> str:

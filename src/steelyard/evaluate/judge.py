@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from steelyard.data.encode import Encoder, OverlongError, Tree
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.evaluate.answers import Answer
+from steelyard.evaluate.answers import Answer, read_answers, read_folder
 from steelyard.evaluate.endpoint import Endpoint, EndpointConfig, JudgeError, Messages, Replies, ask_all
 from steelyard.evaluate.policy import win_row
 from steelyard.models.reward import RewardModel
@@ -67,6 +67,27 @@ class JudgeConfig(EndpointConfig):
         if not self.reward_models and (idle := {"tie", "max_length", "precision", "max_tokens"} & self.given()):
             raise ValueError(f"{', '.join(sorted(idle))}: no effect without reward_models; leave out, or give some")
         return self
+
+
+class JudgedFilesConfig(JudgeConfig):
+    """Win / tie / lose of policies by what they answered."""
+
+    answers: dict[str, str] = Field(
+        {}, description="name and file of each policy's answers (prompt, response): --answers NAME FILE NAME FILE ..."
+    )
+    run: str | None = Field(None, description="or a folder of `evaluate policy` or of a recipe: all its policies")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.answers) == (self.run is not None):
+            raise ValueError("answers or run: give one of them, files of answers or a folder of an examination")
+        return self
+
+    def read(self) -> dict[str, dict[str, list[Answer]]]:
+        """Policy -> prompt key -> its answers. Raises InputError with file and line."""
+        if self.run is not None:
+            return read_folder(self.run)
+        return {name: read_answers(path) for name, path in self.answers.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def render(run: Run) -> str:
 
 
 def _arms(run: Run) -> list[str]:
-    names = [*run.sft, *run.rm, *run.ppo]
+    names = [*run.sft, *run.rm, *run.ppo, *run.dpo]
     if run.reward:
         names += [r.arm for r in run.reward.rows]
         names += [r.arm for r in run.reward.reliability] + [r.arm for r in run.reward.by_strength]
@@ -221,7 +221,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 
 
 def _made_section(run: Run) -> Section | None:
-    stages = {"sft": run.sft, "rm": run.rm, "ppo": run.ppo}
+    stages = {"sft": run.sft, "rm": run.rm, "ppo": run.ppo, "dpo": run.dpo}
     flat = [
         (kind if name == kind else f"{kind}/{name}", s) for kind, held in stages.items() for name, s in held.items()
     ]

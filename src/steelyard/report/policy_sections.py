@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from steelyard.report.blocks import (
 from steelyard.report.model_sections import Styles, curves, stage_samples
 from steelyard.report.plots import Series
 from steelyard.report.read import Run
-from steelyard.report.records import PolicyFile
+from steelyard.report.records import PolicyFile, Win
 
 _SAMPLES = 12
 
@@ -48,18 +49,37 @@ _PPO_PANELS = (
     ("ppo/kl_coef", "KL coefficient", "coefficient"),
 )
 
+_DPO_PANELS = (
+    ("dpo/loss", "Training loss", "nats per pair"),
+    ("dpo/accuracy", "Accuracy on training pairs", "share"),
+    ("dpo/margin", "Implied margin", "reward units"),
+    ("dpo/reward_chosen", "Implied reward, chosen", "reward units"),
+    ("dpo/reward_rejected", "Implied reward, rejected", "reward units"),
+    ("dpo/logprob_chosen", "Log-likelihood, chosen", "nats per response"),
+    ("dpo/logprob_rejected", "Log-likelihood, rejected", "nats per response"),
+    ("dpo/kl", "KL to the reference", "nats per response"),
+    ("dpo/reward_raw", "Reward of answers, raw", "reward units"),
+    ("dpo/gold", "Gold reward of answers", "gold units"),
+    ("dpo/length", "Length of answers", "tokens"),
+    ("dpo/ended", "Answers that ended", "share"),
+)
+
 
 def policy_section(run: Run, styles: Styles) -> Section | None:
     """Policies: reward against distance, comparisons, training curves, samples."""
-    if not run.ppo and run.policy is None:
+    if not run.ppo and not run.dpo and run.policy is None and run.judged is None:
         return None
     blocks: list[Block] = []
     policy = run.policy
     if policy is not None:
         blocks.extend(_arms(policy))
         blocks.extend(_frontier(policy, styles))
-        blocks.extend(_wins(policy))
+    wins = [*(policy.wins if policy else []), *(run.judged.wins if run.judged else [])]
+    blocks.extend(_wins(wins))
+    blocks.extend(_judges(wins))
+    if policy is not None:
         blocks.extend(_difficulty(policy, styles))
+    blocks.extend(_dpo(run, styles))
     panels = curves("ppo", run.ppo, styles, _PPO_PANELS)
     if panels:
         reading = (
@@ -71,10 +91,10 @@ def policy_section(run: Run, styles: Styles) -> Section | None:
     if policy is not None and policy.samples:
         blocks.append(_samples(policy, styles))
     else:
-        blocks.extend(stage_samples(run.ppo))
+        blocks.extend(stage_samples({**run.ppo, **run.dpo}))
     intro = (
-        "Policies trained by PPO against the reward models. Proxy is the reward that was optimised; gold, where it "
-        "is known, is the reward that was meant."
+        "Policies trained by PPO against the reward models, or by DPO straight on the pairs. Proxy is the reward that "
+        "PPO optimised; gold, where it is known, is the reward that was meant."
     )
     return Section("policy", "Policy", intro, blocks)
 
@@ -128,9 +148,9 @@ def _frontier(policy: PolicyFile, styles: Styles) -> list[Block]:
     return [Figure("Gold against proxy", reading, panels, keys)]
 
 
-def _wins(policy: PolicyFile) -> list[Block]:
+def _wins(wins: Sequence[Win]) -> list[Block]:
     rows = []
-    for w in policy.wins:
+    for w in wins:
         total = w.win + w.tie + w.lose
         shares = [100 * part / total if total else 0.0 for part in (w.win, w.tie, w.lose)]
         verdict = ""
@@ -158,6 +178,45 @@ def _wins(policy: PolicyFile) -> list[Block]:
         "its interval: only an interval clear of 0.5 tells the two apart."
     )
     return [WinBars("Head to head", reading, rows, mirrors="Fig. 10")]
+
+
+def _judges(wins: Sequence[Win]) -> list[Block]:
+    """How far the judge models can be trusted; reward models and gold scorers have no order to be swayed by."""
+    asked = [w for w in wins if w.replies is not None]
+    if not asked:
+        return []
+    columns = (
+        ("judge", None),
+        ("policy", None),
+        ("against", None),
+        ("same verdict in both orders", percent),
+        ("first answer wins", percent),
+        ("replies", count),
+        ("unreadable", count),
+        ("refused", count),
+        ("left out", count),
+    )
+    rows = [
+        (w.judge, w.a, w.b, w.consistency, w.first_share, w.replies, w.unreadable, w.refused, w.without_verdict)
+        for w in asked
+    ]
+    note = (
+        "Each comparison is asked in both orders; verdicts that disagree are ties. Without a bias the answer that "
+        "stands first wins half of the replies that name a winner. Without two readable verdicts it is left out."
+    )
+    return [table("Judge models", columns, rows, note=note)]
+
+
+def _dpo(run: Run, styles: Styles) -> list[Block]:
+    panels = curves("dpo", run.dpo, styles, _DPO_PANELS)
+    if not panels:
+        return []
+    reading = (
+        "One line an arm. The margin should grow while the likelihood of chosen responses holds; where both "
+        "likelihoods fall far, the policy moves to responses that nobody compared. KL, reward and length are of its "
+        "own answers."
+    )
+    return [Figure("DPO, step by step", reading, panels, arm_keys(styles, run.dpo))]
 
 
 def _difficulty(policy: PolicyFile, styles: Styles) -> list[Block]:

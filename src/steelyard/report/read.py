@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from steelyard.errors import InputError
 from steelyard.report.data_study_records import DataStudyFile
-from steelyard.report.records import PolicyFile, Record, RunFile, StrengthFile, SummaryFile
+from steelyard.report.records import JudgeFile, PolicyFile, Record, RunFile, StrengthFile, SummaryFile
 from steelyard.report.reward_records import BenchmarkFile, RewardFile
 from steelyard.report.strength_study_records import StrengthStudyFile
 from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
@@ -73,9 +73,11 @@ class Run:
     sft: Mapping[str, Stage] = field(default_factory=dict)
     rm: Mapping[str, Stage] = field(default_factory=dict)
     ppo: Mapping[str, Stage] = field(default_factory=dict)
+    dpo: Mapping[str, Stage] = field(default_factory=dict)
     reward: RewardFile | None = None
     benchmarks: BenchmarkFile | None = None
     policy: PolicyFile | None = None
+    judged: JudgeFile | None = None
     features: FeatureFile | None = None
     contrastive: ContrastiveFile | None = None
     metarm: MetaRMFile | None = None
@@ -103,9 +105,11 @@ def read_run(path: Path) -> Run:
         sft=_stages(path, "sft", notes) or ({single.name: single} if single and kind == "sft" else {}),
         rm=_stages(path, "rm", notes) or ({single.name: single} if single and kind == "rm" else {}),
         ppo=_stages(path, "ppo", notes) or ({single.name: single} if single and kind == "ppo" else {}),
+        dpo=_stages(path, "dpo", notes) or ({single.name: single} if single and kind == "dpo" else {}),
         reward=_record(path / "examine" / "reward.json", RewardFile),
         benchmarks=_record(path / "examine" / "benchmarks.json", BenchmarkFile),
         policy=_record(path / "evaluate" / "policy.json", PolicyFile),
+        judged=_record(path / "evaluate" / "judge.json", JudgeFile),
         features=_record(path / "examine" / "features.json", FeatureFile),
         contrastive=_study(path, "contrastive", ContrastiveFile),
         metarm=_study(path, "metarm", MetaRMFile),
@@ -114,10 +118,13 @@ def read_run(path: Path) -> Run:
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    if not any((*found, run.benchmarks, run.contrastive, run.metarm, run.data_study, run.strength_study)):
+    if not any(
+        (*found, run.dpo, run.judged, run.benchmarks, run.contrastive, run.metarm, run.data_study, run.strength_study)
+    ):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
-            "examine/reward.json, examine/benchmarks.json, evaluate/policy.json or, for a single stage, metrics.jsonl."
+            "dpo/, examine/reward.json, examine/benchmarks.json, evaluate/policy.json, evaluate/judge.json or, for a "
+            "single stage, metrics.jsonl."
         )
     return run
 
@@ -276,8 +283,9 @@ def _stages(path: Path, kind: str, notes: list[str]) -> dict[str, Stage]:
 
 
 def _kind(stage: Stage) -> str:
-    if any(key.startswith("ppo/") for key in stage.metrics):
-        return "ppo"
+    for kind in ("ppo", "dpo"):
+        if any(key.startswith(f"{kind}/") for key in stage.metrics):
+            return kind
     preference = ("train/accuracy", "train/margin", "train/reward_mean")
     return "rm" if any(key in stage.metrics for key in preference) else "sft"
 

@@ -109,7 +109,11 @@ class PolicyArm(Record):
 
 
 class Win(Record):
-    """Comparison of two policies on the same prompts. Win, tie and lose are shares or counts."""
+    """Comparison of two policies on the same prompts. Win, tie and lose are shares or counts.
+
+    The rest is of judge models: how often both orders gave one verdict, how often the answer that stood first won, and
+    what was lost on the way.
+    """
 
     a: str
     b: str
@@ -121,6 +125,18 @@ class Win(Record):
     low: float | None = None
     high: float | None = None
     n: int
+    consistency: float | None = None
+    first_share: float | None = None
+    replies: int | None = None
+    unreadable: int | None = None
+    refused: int | None = None
+    without_verdict: int | None = None
+
+
+class JudgeFile(Record):
+    """evaluate/judge.json"""
+
+    wins: list[Win]
 
 
 class FrontierPoint(Record):
