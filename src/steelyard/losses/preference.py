@@ -77,8 +77,8 @@ def dpo(
         loss = -(1 - a) log sigmoid(d - m) - a log sigmoid(-(d - m))
 
     With a = 0, m = 0 this is Eq. 7 of arXiv 2305.18290. a > 0 is the conservative form for noisy labels (cDPO,
-    E. Mitchell, 2023); m is the offset of arXiv 2402.10571. Both mean what they mean in `bradley_terry`, for d is a log-odds here, too: a
-    target of d* asks for a difference of d* / beta in log-ratios (nats).
+    E. Mitchell, 2023); m is the offset of arXiv 2402.10571. Both mean what they mean in `bradley_terry`, for d is a
+    log-odds here, too: a target of d* asks for a difference of d* / beta in log-ratios (nats).
 
     Args:
         chosen, rejected: log pi of the two responses, summed over their tokens.
