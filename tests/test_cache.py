@@ -160,7 +160,7 @@ def test_entries_of_other_weights_are_refused(model: RewardModel, trees: list[Tr
     cache = TrunkCache(tmp_path, model, source="a", cut=1)
     cache.prepare(trees[:3])
     with torch.no_grad():
-        layers[0].mlp.up_proj.weight.mul_(1.5)  # type: ignore[operator, index, union-attr]
+        model.trunk.layers[0].mlp.up_proj.weight.mul_(1.5)  # type: ignore[operator, index, union-attr]
     with pytest.raises(InputError, match="other weights"):
         TrunkCache(tmp_path, model, source="a", cut=1).prepare(trees)
 
@@ -345,11 +345,11 @@ def test_the_lower_layers_name_survives_training_above_and_saving_elsewhere(
     model = RewardModel.load(reward_model("llama"))
     name = lower_layers(model, 1)
     with torch.no_grad():
-        layers[1].mlp.up_proj.weight.add_(1.0)
+        model.trunk.layers[1].mlp.up_proj.weight.add_(1.0)
         model.head.weight.zero_()
     model.hf.save_pretrained(tmp_path / "copy")
     assert lower_layers(RewardModel.load(tmp_path / "copy"), 1) == name
     assert lower_layers(model, 2) != name
     with torch.no_grad():
-        layers[0].mlp.up_proj.weight[0, 0] += 1.0
+        model.trunk.layers[0].mlp.up_proj.weight[0, 0] += 1.0
     assert lower_layers(model, 1) != name
