@@ -201,6 +201,8 @@ def test_models_that_cannot_be_run_in_parts_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="only Llama"):
         TrunkCache(tmp_path, RewardModel.load(reward_model("gpt_neox")), source="a", cut=1)
+    with pytest.raises(InputError, match="only Llama"):
+        lower_layers(RewardModel.load(reward_model("gpt_neox")), 1)
     for cut in (0, 3):
         with pytest.raises(InputError, match=f"{cut} frozen layers cannot be kept: the model has 2"):
             TrunkCache(tmp_path, model, source="a", cut=cut)

@@ -36,11 +36,21 @@ _INDEX = np.dtype([("key", np.uint8, (16,)), ("start", np.int64), ("tokens", np.
 _STORED: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
+def _require_parts(model: RewardModel) -> None:
+    if not in_parts(model.trunk):
+        raise InputError(
+            f"{type(model.trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts, so the "
+            "outputs of frozen layers cannot be kept; leave out activation_cache"
+        )
+
+
 def lower_layers(model: RewardModel, cut: int) -> str:
     """A digest of what decides the states before layer `cut`: embeddings, layers below, the trunk's shape.
 
-    A model keeps it through training of the layers above, whatever folder it is saved in.
+    A model keeps it through training of the layers above, whatever folder it is saved in. Raises InputError if the
+    model cannot be run in parts.
     """
+    _require_parts(model)
     trunk: Any = model.trunk
     config = trunk.config.get_text_config().to_dict()
     # What a folder says about itself, its head and its tokens changes no state.
@@ -77,11 +87,7 @@ class TrunkCache:
         states: Precision = "float32",
     ) -> None:
         depth = int(model.hf.config.get_text_config().num_hidden_layers)
-        if not in_parts(model.trunk):
-            raise InputError(
-                f"{type(model.trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts, so the "
-                "outputs of frozen layers cannot be kept; leave out activation_cache"
-            )
+        _require_parts(model)
         if not 1 <= cut <= depth:
             raise InputError(
                 f"the outputs of {cut} frozen layers cannot be kept: the model has {depth}, of which at least one must "
