@@ -4,10 +4,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRL_VENV ?= benchmarks/.venv-trl
+TRL_PPO_VENV ?= benchmarks/.venv-trl-ppo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.steelyard-ready
 
-.PHONY: setup demo test test-all check format clean bench-env
+.PHONY: setup demo test test-all check format clean bench-env bench-env-ppo
 
 setup: $(STAMP)
 
@@ -42,5 +43,11 @@ bench-env:
 	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers trl==1.16.0
 
+# The last TRL with PPO, which benchmarks/ppo.py measures against, in another.
+bench-env-ppo:
+	test -x $(TRL_PPO_VENV)/bin/python || $(PYTHON) -m venv $(TRL_PPO_VENV)
+	$(TRL_PPO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(TRL_PPO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers trl==1.12.0
+
 clean:
-	rm -rf $(VENV) $(TRL_VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRL_VENV) $(TRL_PPO_VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -181,6 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"reward_model": ("a", "b"), "reward": "par", "baselines": "b"},
         "several reward models need reward = plain, got par",
     ),
+    "an end held back": ({"sampling": {"min_new_tokens": 2}}, "min_new_tokens: must be 0 in PPO, got 2"),
     "no reward model": ({"reward_model": ()}, "must name one or several different folders"),
     "one reward model twice": ({"reward_model": ("a", "a")}, "must name one or several different folders"),
 }  # fmt: skip
