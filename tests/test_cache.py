@@ -24,7 +24,8 @@ from steelyard.models.cache import TrunkCache, canonical, key, lower_layers
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import run_jobs
 from steelyard.train.optim import OptimConfig
-from steelyard.train.reward import RewardConfig, freeze_below, read_pairs, reward_step, train_reward
+from steelyard.train.pairwise import freeze_below, read_pairs
+from steelyard.train.reward import RewardConfig, reward_step, train_reward
 
 PAD = tiny.PAD
 

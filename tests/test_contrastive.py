@@ -28,15 +28,9 @@ from steelyard.losses.contrastive import unit
 from steelyard.models.dropout import dropout
 from steelyard.models.reward import RewardModel
 from steelyard.settings import parse
+from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
 from steelyard.train.optim import OptimConfig
-from steelyard.train.reward import (
-    ContrastiveConfig,
-    RewardConfig,
-    contrastive_step,
-    new_prototypes,
-    reward_step,
-    train_reward,
-)
+from steelyard.train.reward import RewardConfig, reward_step, train_reward
 from steelyard.types import Preference
 
 COMBINATIONS = [(m, f) for m in ("simcse", "swav") for f in ("pairs", "differences")]
@@ -497,7 +491,7 @@ def test_it_trains_and_leaves_an_ordinary_reward_model(
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
 
-    from steelyard.train.reward import read_pairs
+    from steelyard.train.pairwise import read_pairs
 
     config = training(planted, language_model("llama"), method=method, features=features)
     result = train_reward(config, tmp_path / "rm", quiet=True)

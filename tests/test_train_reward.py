@@ -19,7 +19,8 @@ from steelyard.data.encode import Encoder
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
 from steelyard.train.optim import OptimConfig
-from steelyard.train.reward import RewardConfig, freeze_below, read_pairs, reward_step, train_reward
+from steelyard.train.pairwise import freeze_below, read_pairs
+from steelyard.train.reward import RewardConfig, reward_step, train_reward
 from steelyard.types import Preference
 
 CONFIG = RewardConfig(data="", model="")

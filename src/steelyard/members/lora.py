@@ -14,7 +14,8 @@ from steelyard.members.config import LoraConfig, StrengthConfig
 from steelyard.models import lora as adapters
 from steelyard.models.reward import RewardModel
 from steelyard.train.optim import batches, set_rate, total_steps
-from steelyard.train.reward import RewardConfig, read_pairs, reward_step
+from steelyard.train.pairwise import read_pairs
+from steelyard.train.reward import RewardConfig, reward_step
 
 
 def require_peft() -> None:

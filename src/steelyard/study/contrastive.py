@@ -37,7 +37,8 @@ from steelyard.recipe import DataConfig, Recipe, Settings, build, check
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.stages import Files, prepare, sft
 from steelyard.study.folder import StudyFolder, difference_table, mean_curves
-from steelyard.train.reward import RewardConfig, read_pairs, train_reward
+from steelyard.train.pairwise import read_pairs
+from steelyard.train.reward import RewardConfig, train_reward
 
 Examined = dict[str, Any]
 

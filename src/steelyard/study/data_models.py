@@ -27,7 +27,8 @@ from steelyard.measure import StrengthConfig, held_out_plan, read_scores
 from steelyard.models.reward import RewardModel
 from steelyard.probe import Probes, bootstrap_rows, features
 from steelyard.run_dir import write_json_atomic
-from steelyard.train.reward import RewardConfig, open_cache, read_pairs, train_reward
+from steelyard.train.pairwise import read_pairs
+from steelyard.train.reward import RewardConfig, open_cache, train_reward
 
 SCORES = "scores.npz"
 Scores = tuple[list[str], Float[np.ndarray, "N 2"]]

@@ -83,8 +83,8 @@ class DPOConfig(Config):
     def _refuse_idle_options(self) -> Self:
         if self.prompts is None and (idle := {"answers", "sampling", "reward_model", "gold"} & self.given()):
             raise ValueError(f"{', '.join(sorted(idle))}: no effect without prompts; leave out, or give prompts")
-        if self.eval_every is None and (idle := [n for n in ("prompts", "validation") if getattr(self, n)]):
-            raise ValueError(f"{', '.join(idle)}: no effect without eval_every; leave out, or give eval_every")
+        if self.eval_every is None and (unread := [n for n in ("prompts", "validation") if getattr(self, n)]):
+            raise ValueError(f"{', '.join(unread)}: no effect without eval_every; leave out, or give eval_every")
         if not self.use_margin and "margin_in_flip" in self.given():
             raise ValueError("margin_in_flip: no effect without use_margin; leave out, or use the margins")
         return self

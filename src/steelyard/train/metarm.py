@@ -24,16 +24,16 @@ from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import OnInvalid, load_preferences
+from steelyard.data.load import OnInvalid
 from steelyard.errors import InputError
 from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.losses.meta import Direction, Normalisation, difference_loss, differences, meta_step
-from steelyard.losses.preference import bradley_terry
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.pairwise import pair_losses, read_pairs
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
@@ -103,8 +103,10 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
             return run.result()
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         say: Callable[[str], object] = (lambda text: None) if quiet else print
-        pairs, trees = _read_pairs(config.data, encoder, config.on_invalid, say)
-        held_out = {n: _read_pairs(p, encoder, config.on_invalid, say)[1] for n, p in config.validation.items()}
+        pairs, trees = read_pairs(config.data, encoder, on_invalid=config.on_invalid, say=say)
+        held_out = {
+            n: read_pairs(p, encoder, on_invalid=config.on_invalid, say=say)[1] for n, p in config.validation.items()
+        }
         meta = read_meta(config.meta, encoder, config.k, say)
         shown = read_meta(config.meta_validation, encoder, config.k, say) if config.meta_validation else meta
         model = RewardModel.from_language_model(
@@ -236,31 +238,13 @@ def preference_losses(
         return
     for group in pack([len(t) for t in trees], config.max_tokens):
         rewards = model(collate([trees[i] for i in group], encoder.pad_id))
-        loss = bradley_terry(
-            rewards[:, 0],
-            rewards[:, 1],
-            margin=torch.tensor([pairs[i].margin for i in group]),
-            flip_prob=torch.tensor([pairs[i].flip_prob for i in group]),
-            margin_in_flip=config.margin_in_flip,
-        )
+        loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
         weight = torch.tensor([pairs[i].weight for i in group])
         seen_B4[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
         yield (loss * weight).sum() / total
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
-
-
-def _read_pairs(
-    path: str, encoder: Encoder, on_invalid: OnInvalid, say: Callable[[str], object]
-) -> tuple[list[Preference], list[Tree]]:
-    """Usable pairs and their trees. Raises InputError if none is left."""
-    loaded = load_preferences(path, on_invalid=on_invalid)
-    encoded = encoder.encode(loaded.preferences)
-    if not encoded.trees:
-        raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
-    say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
-    return [loaded.preferences[i] for i in encoded.index], encoded.trees
 
 
 def read_meta(path: str, encoder: Encoder, k: int, say: Callable[[str], object] = print) -> list[Tree]:

@@ -7,11 +7,10 @@ contrastive learning every pair is computed under two dropout masks, and a term 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -21,68 +20,19 @@ from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import OnInvalid, load_preferences
-from steelyard.errors import InputError
+from steelyard.data.load import OnInvalid
 from steelyard.evaluate.reward import reward_metrics, wins
-from steelyard.losses.contrastive import differences, simcse, swav, unit
-from steelyard.losses.contrastive import pairs as both_features
-from steelyard.losses.preference import bradley_terry
 from steelyard.models.cache import TrunkCache, lower_layers
-from steelyard.models.dropout import dropout
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
+from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
-
-
-class ContrastiveConfig(Config):
-    """Contrastive learning beside the reward-model loss, on two views of every pair made by dropout."""
-
-    method: Literal["simcse", "swav"] | None = Field(None, description="contrastive loss; none given: plain training")
-    features: Literal["pairs", "differences"] = Field(
-        "pairs", description="contrast the responses' features, or the differences of chosen and rejected"
-    )
-    beta: float | None = Field(
-        None,
-        ge=0,
-        description="weight of the contrastive term; 0 is the control: same dropout, same doubled forward. None given: "
-        "the paper's, 1 for simcse, 0.1 for swav on pairs, 0.5 for swav on differences",
-    )
-    temperature: float | None = Field(
-        None, gt=0, description="tau; the paper does not say; none given: 0.05 for simcse, 0.1 for swav"
-    )
-    dropout: float = Field(0.05, gt=0, lt=1, description="share of each layer's outputs dropped, in training alone")
-    prototypes: int | None = Field(
-        None, ge=2, description="clusters (swav only); none given: the paper's, 50 on pairs, 20 on differences"
-    )
-    epsilon: float = Field(0.05, gt=0, description="softness of the cluster assignments (swav only)")
-    iterations: int = Field(3, ge=1, description="Sinkhorn-Knopp iterations (swav only)")
-
-    @model_validator(mode="after")
-    def _refuse_idle_options(self) -> ContrastiveConfig:
-        swav_only = {"prototypes", "epsilon", "iterations"}
-        idle = {None: set(type(self).model_fields) - {"method"}, "simcse": swav_only, "swav": set()}[self.method]
-        if given := idle & self.given():
-            needs = "a method (simcse or swav)" if self.method is None else "method = swav"
-            raise ValueError(f"{', '.join(sorted(given))}: no effect without {needs}; leave out, or choose it")
-        return self
-
-    def numbers(self) -> dict[str, float]:
-        """beta, temperature and (swav) prototypes as they are used: given, or the paper's."""
-        paper = {("swav", "pairs"): (0.1, 50), ("swav", "differences"): (0.5, 20)}
-        beta, prototypes = paper.get((str(self.method), self.features), (1.0, 0))
-        temperature = 0.1 if self.method == "swav" else 0.05
-        used: dict[str, float] = {
-            "beta": beta if self.beta is None else self.beta,
-            "temperature": temperature if self.temperature is None else self.temperature,
-        }
-        if self.method == "swav":
-            used["prototypes"] = prototypes if self.prototypes is None else self.prototypes
-        return used
 
 
 class RewardConfig(Config):
@@ -242,27 +192,6 @@ def train_reward(
         return result
 
 
-def read_pairs(
-    path: str,
-    encoder: Encoder,
-    rows: Sequence[int] | None = None,
-    *,
-    on_invalid: OnInvalid = "error",
-    say: Callable[[str], None] | None = None,
-) -> tuple[list[Preference], list[Tree]]:
-    """Usable pairs and their trees; `say` is told what was found in the file. Raises InputError if none is left."""
-    loaded = load_preferences(path, on_invalid=on_invalid)
-    pairs = loaded.preferences
-    if rows is not None:
-        pairs = [pairs[i] for i in rows]
-    encoded = encoder.encode(pairs)
-    if not encoded.trees:
-        raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
-    if say is not None:
-        say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
-    return [pairs[i] for i in encoded.index], encoded.trees
-
-
 def reward_step(
     model: RewardModel,
     pairs: Sequence[Preference],
@@ -287,128 +216,11 @@ def reward_step(
             rewards = model(collate(micro, encoder.pad_id))
         else:
             rewards = cache.rewards(micro, pad_id=encoder.pad_id)
-        loss = _losses(rewards, [pairs[i] for i in group], config)
+        loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
         weight = torch.tensor([pairs[i].weight for i in group])
         ((loss * weight).sum() / total).backward()
         seen[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
     return seen
-
-
-def contrastive_step(
-    model: RewardModel,
-    pairs: Sequence[Preference],
-    trees: Sequence[Tree],
-    encoder: Encoder,
-    config: RewardConfig,
-    *,
-    step: int,
-    prototypes: nn.Parameter | None,
-) -> Float[Tensor, "B 5"]:
-    """Accumulate the gradient of L_rm + beta L_cl over two dropout views of the batch (Secrets of RLHF II, 3.1).
-
-    L_rm is the weighted mean of the pairs' losses over both views, L_cl that of the contrastive losses. Negatives span
-    the batch, whatever the grouping into micro-batches: where both views do not fit into `max_tokens` at once, all
-    features are computed first without a graph, then L_cl's gradient at each feature is carried through a second pass
-    with the same masks (GradCache, arXiv 2101.06983). That is exact; the grouping changes only which masks are drawn.
-
-    Returns, per pair: loss, weight, r(chosen), r(rejected), contrastive loss; means over the views, and over the
-    pair's two features.
-    """
-    weights = torch.tensor([p.weight for p in pairs])
-    total = weights.sum()
-    seen = torch.zeros(len(pairs), 5)
-    if total == 0:
-        return seen
-    seen[:, 1] = weights
-    groups = pack([len(t) for t in trees], config.max_tokens)
-
-    def view(micro: int, v: int) -> Float[Tensor, "n 2 D"]:
-        batch = collate([trees[i] for i in groups[micro]], encoder.pad_id)
-        with dropout(model.trunk, config.contrastive.dropout, stream(config.seed, step, micro, v)):
-            return model.features(batch)
-
-    jobs = [(micro, v) for micro in range(len(groups)) for v in (0, 1)]
-    at_once = 2 * len(trees) * max(map(len, trees)) <= config.max_tokens
-    with torch.set_grad_enabled(at_once):
-        first = [view(*job) for job in jobs]
-    cached = first[0].new_zeros(2, len(pairs), *first[0].shape[1:])
-    for (micro, v), features in zip(jobs, first, strict=True):
-        cached[v, groups[micro]] = features.detach()
-    contrast = contrastive_losses(cached.requires_grad_(), weights, prototypes, config.contrastive)
-    beta = config.contrastive.numbers()["beta"]
-    (beta * (contrast * weights).sum() / total).backward()
-    assert cached.grad is not None
-    seen[:, 4] = contrast.detach()
-    for (micro, v), kept in zip(jobs, first, strict=True):
-        group = groups[micro]
-        features = kept if at_once else view(micro, v)
-        rewards = model.head(features).squeeze(-1)
-        loss = _losses(rewards, [pairs[i] for i in group], config)
-        objective = (loss * weights[group]).sum() / (2 * total)
-        (objective + (features * cached.grad[v, group]).sum()).backward()
-        seen[group, 0] += loss.detach() / 2
-        seen[group, 2:4] += rewards.detach() / 2
-    return seen
-
-
-def contrastive_losses(
-    features_VBKD: Float[Tensor, "2 B 2 D"],
-    weights_B: Float[Tensor, "B"],
-    prototypes: Tensor | None,
-    config: ContrastiveConfig,
-) -> Float[Tensor, "B"]:
-    """Each pair's contrastive loss, the mean of its two features'; pairs without weight take no part and get 0."""
-    used = weights_B > 0
-    build = both_features if config.features == "pairs" else differences
-    s, t = (build(view[used, 0], view[used, 1]) for view in features_VBKD)
-    temperature = config.numbers()["temperature"]
-    if prototypes is None:
-        losses = simcse(s, t, temperature=temperature)
-    else:
-        epsilon, iterations = config.epsilon, config.iterations
-        losses = swav(t, s, prototypes, temperature=temperature, epsilon=epsilon, iterations=iterations)
-    per_pair = losses.view(2, -1).mean(0)
-    return per_pair.new_zeros(len(used)).masked_scatter(used, per_pair)
-
-
-def new_prototypes(config: RewardConfig, width: int) -> nn.Parameter | None:
-    """SwAV's K prototypes, random directions from the seed; None for other methods. They are not part of the model."""
-    if config.contrastive.method != "swav":
-        return None
-    generator = torch.Generator().manual_seed(stream(config.seed))
-    K = int(config.contrastive.numbers()["prototypes"])
-    return nn.Parameter(unit(torch.randn(K, width, generator=generator)))
-
-
-def stream(seed: int, *numbers: int) -> int:
-    """A seed of its own for each tuple of numbers: with nothing else to remember, a resumed run draws the same."""
-    return int(np.random.SeedSequence((seed, len(numbers), *numbers)).generate_state(1, np.uint64)[0])
-
-
-def _losses(rewards: Float[Tensor, "n 2"], pairs: Sequence[Preference], config: RewardConfig) -> Float[Tensor, "n"]:
-    return bradley_terry(
-        rewards[:, 0],
-        rewards[:, 1],
-        margin=torch.tensor([p.margin for p in pairs]),
-        flip_prob=torch.tensor([p.flip_prob for p in pairs]),
-        margin_in_flip=config.margin_in_flip,
-    )
-
-
-def freeze_below(model: RewardModel, trainable_layers: int | None) -> None:
-    """Leave only the top layers, the final norm and the head trainable. Raises InputError if there are fewer."""
-    if trainable_layers is None:
-        return
-    layers: Any = model.trunk.layers
-    if trainable_layers > len(layers):
-        raise InputError(f"trainable_layers must be at most the model's {len(layers)} layers, got {trainable_layers}")
-    model.requires_grad_(False)
-    model.head.requires_grad_(True)
-    for layer in layers[len(layers) - trainable_layers :]:
-        layer.requires_grad_(True)
-    norm = getattr(model.trunk, "norm", None) or getattr(model.trunk, "final_layer_norm", None)
-    if norm is not None and trainable_layers > 0:
-        norm.requires_grad_(True)
 
 
 def open_cache(

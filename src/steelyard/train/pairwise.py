@@ -1,0 +1,65 @@
+"""What training on preferences has in common: reading pairs, their losses, and layers that stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steelyard.data.encode import Encoder, Tree
+from steelyard.data.load import OnInvalid, load_preferences
+from steelyard.errors import InputError
+from steelyard.losses.preference import bradley_terry
+from steelyard.models.reward import RewardModel
+from steelyard.types import Preference
+
+
+def read_pairs(
+    path: str,
+    encoder: Encoder,
+    rows: Sequence[int] | None = None,
+    *,
+    on_invalid: OnInvalid = "error",
+    say: Callable[[str], object] | None = None,
+) -> tuple[list[Preference], list[Tree]]:
+    """Usable pairs and their trees; `say` is told what was found in the file. Raises InputError if none is left."""
+    loaded = load_preferences(path, on_invalid=on_invalid)
+    pairs = loaded.preferences
+    if rows is not None:
+        pairs = [pairs[i] for i in rows]
+    encoded = encoder.encode(pairs)
+    if not encoded.trees:
+        raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
+    if say is not None:
+        say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
+    return [pairs[i] for i in encoded.index], encoded.trees
+
+
+def pair_losses(rewards: Float[Tensor, "n 2"], pairs: Sequence[Preference], margin_in_flip: bool) -> Float[Tensor, "n"]:
+    """Each pair's loss with its own margin and probability of a wrong label, not weighted."""
+    return bradley_terry(
+        rewards[:, 0],
+        rewards[:, 1],
+        margin=torch.tensor([p.margin for p in pairs]),
+        flip_prob=torch.tensor([p.flip_prob for p in pairs]),
+        margin_in_flip=margin_in_flip,
+    )
+
+
+def freeze_below(model: RewardModel, trainable_layers: int | None) -> None:
+    """Leave only the top layers, the final norm and the head trainable. Raises InputError if there are fewer."""
+    if trainable_layers is None:
+        return
+    layers: Any = model.trunk.layers
+    if trainable_layers > len(layers):
+        raise InputError(f"trainable_layers must be at most the model's {len(layers)} layers, got {trainable_layers}")
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    for layer in layers[len(layers) - trainable_layers :]:
+        layer.requires_grad_(True)
+    norm = getattr(model.trunk, "norm", None) or getattr(model.trunk, "final_layer_norm", None)
+    if norm is not None and trainable_layers > 0:
+        norm.requires_grad_(True)
