@@ -297,7 +297,7 @@ class Masks:
     """The masks of a step, recorded as it draws them, so that a reference can be computed in one graph."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import steelyard.train.reward as module
+        import steelyard.train.contrastive as module
 
         self.seeds: list[int] = []
 
