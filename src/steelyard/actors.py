@@ -63,8 +63,8 @@ class Models:
     """Policy, SFT reference, reward model and, where there is one, the critic.
 
     The critic is the twin of the (first) reward model, read on the normalised reward's scale, or a `ValueHead` on the
-    policy. With LoRA the reference is the policy without its adapters. Several reward models act as one whose scores
-    are normalised already.
+    policy. With LoRA the reference is the policy without its adapters, unless another is named. Several reward models
+    act as one whose scores are normalised already.
 
     Raises InputError if the folders do not fit together, or a reward model's scores have no spread.
     """
@@ -72,16 +72,17 @@ class Models:
     def __init__(self, config: PPOConfig) -> None:
         self.encoder = Encoder.load(config.policy, max_length=config.max_length)
         folders, precision = config.reward_models, config.precision
-        for folder in folders:
+        reference = config.policy if config.reference is None else config.reference
+        for folder in folders if reference == config.policy else (*folders, reference):
             _require_tokenizer(self.encoder, folder, config)
         sampling = config.sampling
         self.how = Drawing(sampling.temperature, sampling.top_p, sampling.repetition_penalty)
         self.policy = PolicyModel.load(config.policy, precision=precision, logit_chunk=config.logit_chunk)
         self.reference: PolicyModel | None = None
-        if config.lora.rank is None:
-            self.reference = PolicyModel.load(config.policy, precision=precision, logit_chunk=config.logit_chunk)
+        if config.lora.rank is None or reference != config.policy:
+            self.reference = PolicyModel.load(reference, precision=precision, logit_chunk=config.logit_chunk)
             self.reference.requires_grad_(False)
-        else:
+        if config.lora.rank is not None:
             self.policy.adapt(config.lora, seed=config.seed)
         members = [RewardModel.load(f, precision=precision).requires_grad_(False) for f in folders]
         self.critic: RewardModel | ValueHead | None = None
@@ -143,6 +144,6 @@ def _require_tokenizer(ours: Encoder, folder: str, config: PPOConfig) -> None:
     theirs, mine = Encoder.load(folder, max_length=config.max_length).tokenizer, ours.tokenizer
     if (theirs.get_vocab(), theirs.chat_template) != (mine.get_vocab(), mine.chat_template):
         raise InputError(
-            f"{folder}: policy and reward model must share one tokenizer (vocabulary and chat template); train the "
-            f"reward model from {config.policy}"
+            f"{folder}: policy, reference and reward model must share one tokenizer (vocabulary and chat template); "
+            f"train all from one model, as {config.policy} was"
         )

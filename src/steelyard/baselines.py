@@ -86,13 +86,13 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
 
 
 def read_baselines(
-    path: str | Path, *, k: int | None, policy: str, reward_model: str
+    path: str | Path, *, k: int | None, policy: str | Sequence[str], reward_model: str
 ) -> dict[str, Float[np.ndarray, "K"]]:
     """Baseline rewards by `prompt_key`.
 
-    Raises InputError if the file is no scored file of `sample_baselines`, was made with another policy or reward
-    model (the rewards would not compare), or holds fewer than k responses a prompt. A k smaller than the stored one
-    uses the first k.
+    `policy`: the model, or one of the models, that the responses may come from. Raises InputError if the file is no
+    scored file of `sample_baselines`, was made with another policy or reward model (the rewards would not compare),
+    or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
     """
     if not Path(path).exists():
         raise InputError(f"{path}: no such baseline file; make one with `steelyard sample`")
@@ -103,11 +103,12 @@ def read_baselines(
     settings = json.loads((table.schema.metadata or {}).get(b"steelyard", b"{}"))
     if "policy" in settings and "reward_model" not in settings:
         raise InputError(f"{path}: these responses have no scores; run `steelyard sample` with a reward model")
-    for role, folder in (("policy", policy), ("reward_model", reward_model)):
-        if settings.get(role) != fingerprint(folder):
+    policies = [policy] if isinstance(policy, str) else list(policy)
+    for role, folders in (("policy", policies), ("reward_model", [reward_model])):
+        if settings.get(role) not in map(fingerprint, folders):
             raise InputError(
                 f"{path}: these baselines were {'sampled from' if role == 'policy' else 'scored by'} another model "
-                f"than {folder}; run `steelyard sample` with this {role.replace('_', ' ')}"
+                f"than {' or '.join(folders)}; run `steelyard sample` with this {role.replace('_', ' ')}"
             )
     stored = settings["k"]
     if k is not None and k > stored:

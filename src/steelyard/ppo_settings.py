@@ -26,7 +26,10 @@ CRITIC_ONLY = frozenset({"critic", "critic_model", "critic_warmup", "value_coef"
 class PPOConfig(Config):
     """PPO on plain or shaped rewards."""
 
-    policy: str = Field(description="the SFT model's folder: where the policy starts, and the reference of the KL")
+    policy: str = Field(description="where the policy starts: the SFT model's folder")
+    reference: str | None = Field(
+        None, description="reference of the KL where the policy starts elsewhere: the SFT model; none given: `policy`"
+    )
     reward_model: str | tuple[str, ...] = Field(
         description="reward-model folder, or several (an ensemble); the critic starts from the first"
     )

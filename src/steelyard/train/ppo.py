@@ -336,7 +336,9 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N
     if config.reward == "plain" or config.baselines is None:
         return None
     (model,) = config.reward_models
-    stored = read_baselines(config.baselines, k=config.k, policy=config.policy, reward_model=model)
+    # Responses of the reference, or of the policy as it starts: where it has moved before, both can be meant.
+    policies = [p for p in (config.reference, config.policy) if p is not None]
+    stored = read_baselines(config.baselines, k=config.k, policy=policies, reward_model=model)
     missing = sum(prompt_key(p) not in stored for p in prompts)
     if missing:
         raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
