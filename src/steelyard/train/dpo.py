@@ -99,8 +99,19 @@ class Pairs:
     reference_N2: Float[Tensor, "N 2"]
 
 
-def train_dpo(config: DPOConfig, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result."""
+def train_dpo(
+    config: DPOConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    look: Callable[[int, int, PolicyModel], None] | None = None,
+) -> dict[str, Any]:
+    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
+
+    `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
+    it must leave the policy as it is.
+    """
     run = RunDir.open(out, config, resume=resume)
     with run:
         if run.finished:
@@ -143,6 +154,8 @@ def train_dpo(config: DPOConfig, out: Path, *, resume: bool = False, quiet: bool
                         run.log(step, metrics)
                         for row in shown:
                             run.sample(step, row)
+                if look is not None:
+                    look(step, steps, model)
                 if step % config.save_every == 0 and step < steps:
                     optimizer_tensors, optimizer_state = pack_optimizer(optimizer, "optimizer")
                     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from steelyard.errors import InputError
 from steelyard.losses.policy import clipped_surrogate, kl_k3, value_loss
 from steelyard.models.lora import load_trained_state, trained_state
 from steelyard.models.next_token import Nucleus
+from steelyard.models.policy import PolicyModel
 from steelyard.ppo_settings import PPOConfig as PPOConfig
 from steelyard.ppo_settings import check as check
 from steelyard.progress import Progress
@@ -136,8 +137,19 @@ class Task:
         return {"ppo/gold": float(np.mean([self.gold(p, encoder.decode(s.tokens)) for p, s in pairs]))}
 
 
-def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Train, leaving a stage folder in `out` with the policy in `out/model`; returns the result."""
+def train_ppo(
+    config: PPOConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    look: Callable[[int, int, PolicyModel], None] | None = None,
+) -> dict[str, Any]:
+    """Train, leaving a stage folder in `out` with the policy in `out/model`; returns the result.
+
+    `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
+    it must leave the policy as it is.
+    """
     check(config)
     run = RunDir.open(out, config, resume=resume)
     with run:
@@ -166,6 +178,8 @@ def train_ppo(config: PPOConfig, out: Path, *, resume: bool = False, quiet: bool
                 progress.update(step, tokens=tokens, reward=metrics["ppo/reward_raw"], kl=metrics["ppo/kl"])
                 if step % config.sample_every == 0 or step == config.steps:
                     _write_samples(run, step, models.encoder, task.prompts, chosen, drawn, rollouts)
+                if look is not None:
+                    look(step, config.steps, models.policy)
                 if step % config.save_every == 0 and step < config.steps:
                     run.save(step, *learner.state())
 
