@@ -23,6 +23,7 @@ import torch
 from conftest import Folders
 from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.data.load import load_preferences
+from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.measure import MemberConfig, StrengthConfig, measure
 from steelyard.models.lora import LoraConfig
 from steelyard.run_dir import RunDir
@@ -258,6 +259,80 @@ def test_a_measurement_continues_too(
     assert whole == killed
     a, b = (np.load(tmp_path / folder / "margins.npz")["scores"] for folder in ("whole", "killed"))
     np.testing.assert_array_equal(a, b)
+
+
+def iterate_until(config: RoundsConfig, out: Path, event: int) -> None:
+    """A job: go through the rounds, and be killed at the event."""
+
+    def hook(n: int) -> None:
+        if n == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with at_event(hook):
+        run_rounds(config, out, resume=True, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def rounds(language_model: Folders, reward_model: Folders, planted: dict[str, str]) -> RoundsConfig:
+    """Two rounds: MetaRM and contrastive PPO on baselines of the policy as it is, with a critic."""
+    sampling, optim = {"max_new_tokens": 5}, {"lr": 3e-3}
+    return RoundsConfig.model_validate(
+        {
+            "sft": language_model("llama"), "reward_model": reward_model("llama"), "data": planted["held-out"],
+            "prompts": planted["prompts"], "eval_prompts": planted["prompts"], "rounds": 2, "patience": None,
+            "rm": {"max_length": 64, "optim": optim, "save_every": 2, "log_every": 1, "eval_every": None},
+            "meta": {"eta": 0.1, "meta_batch_size": 4}, "meta_sample": {"k": 3}, "baselines": "current",
+            "baseline_sample": {"k": 2}, "validation": {"own": planted["held-out"]}, "gold": "tiny:count_good",
+            "ppo": {
+                "steps": 5, "prompts_per_step": 6, "samples_per_prompt": 3, "max_length": 64, "sampling": sampling,
+                "actor": optim, "critic": optim, "save_every": 2, "sample_every": 3, "scale_warmup": 20,
+                "minibatches": 2,
+            },
+            "evaluate": {"k": 2, "sampling": sampling},
+        }
+    )  # fmt: skip
+
+
+def left(out: Path) -> dict[str, bytes]:
+    """Everything that the rounds leave and that is not about this machine: times, locks, and paths of settings."""
+    files = (p for p in out.rglob("*") if p.is_file() and not p.is_relative_to(out / "best" / "model"))
+    idle = {"config.json", "timings.jsonl", ".lock"}
+    found = {
+        str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in idle and "checkpoints" not in p.parts
+    }
+    return found | {"best": str((out / "best" / "model").readlink()).encode()}
+
+
+def rounds_killed_at(points: int, config: RoundsConfig, life: Callable[..., int], path: Path) -> None:
+    """Killed once at each of so many seeded moments, one in every equal part of the run, and continued each time."""
+    events: list[int] = []
+    with at_event(events.append):
+        run_rounds(config, path / "whole", quiet=True)
+    expected = left(path / "whole")
+    parts = [
+        f"round-{n:02d}/{s}" for n in (1, 2) for s in ("rm/model/model.safetensors", "ppo/model/model.safetensors")
+    ]
+    assert {*parts, "rounds.json", "result.json", "round-02/ppo/metrics.jsonl", "best/best.json"} <= expected.keys()
+    shares = (np.arange(points) + np.random.default_rng(points).random(points)) / points
+    for point in (int(share * len(events)) for share in shares):
+        out = path / f"killed at {point}"
+        assert life(iterate_until, config, out, point) == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+        run_rounds(config, out, resume=True, quiet=True)
+        found = left(out)
+        assert found.keys() == expected.keys(), point
+        assert [name for name in expected if found[name] != expected[name]] == [], point
+
+
+def test_killed_rounds_end_with_the_same_bytes(rounds: RoundsConfig, life: Callable[..., int], tmp_path: Path) -> None:
+    rounds_killed_at(3, rounds, life, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_rounds_end_with_the_same_bytes_wherever_they_are_killed(
+    rounds: RoundsConfig, life: Callable[..., int], tmp_path: Path
+) -> None:
+    rounds_killed_at(20, rounds, life, tmp_path)
 
 
 if __name__ == "__main__":

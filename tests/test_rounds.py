@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tiny
 from conftest import Folders
-from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard import iterate
+from steelyard.baselines import BaselineConfig, fingerprint, sample_baselines
 from steelyard.data.collate import collate
 from steelyard.data.encode import Encoder, Tree
+from steelyard.errors import InputError
+from steelyard.evaluate.rounds import choose
+from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.models.policy import PolicyModel
-from steelyard.sampling import SamplingConfig
+from steelyard.models.reward import RewardModel
+from steelyard.sampling import SamplingConfig, sample
 from steelyard.train.optim import OptimConfig
 from steelyard.train.ppo import PPOConfig, train_ppo
 
@@ -84,3 +91,274 @@ def test_baselines_come_from_the_reference_or_from_the_policy_as_it_starts(
         actor=OptimConfig(lr=1e-3),
     )  # fmt: skip
     assert train_ppo(config, tmp_path / "ppo", quiet=True)["steps"] == 1
+
+
+# ---- rounds --------------------------------------------------------------------------------------------------------
+
+ROUNDS = 2
+OPTIM = {"lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def settings(
+    language_model: Folders, reward_model: Folders, planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    rng = np.random.default_rng(11)
+    asked = [{"prompt": " ".join(tiny.sentence(rng, 3, 7))} for _ in range(6)]
+    folder = tmp_path_factory.mktemp("prompts")
+    other = [{"prompt": " ".join(tiny.sentence(rng, 9, 12))} for _ in range(4)]
+    return {
+        "sft": language_model("llama"), "reward_model": reward_model("llama"), "data": planted["held-out"],
+        "prompts": planted["prompts"], "eval_prompts": tiny.write_jsonl(folder / "eval.jsonl", asked + asked[:2]),
+        "meta_prompts": tiny.write_jsonl(folder / "other.jsonl", other), "rounds": ROUNDS, "patience": None,
+        "rm": {"batch_size": 16, "max_length": 64, "optim": OPTIM, "eval_every": None},
+        "meta": {"eta": 0.1, "meta_batch_size": 2}, "meta_sample": {"k": 3},
+        "ppo": {
+            "reward": "plain", "steps": 2, "prompts_per_step": 4, "samples_per_prompt": 2, "max_length": 64,
+            "sampling": SAMPLING, "actor": {"lr": 1e-2}, "critic": {"lr": 1e-2},
+        },
+        "validation": {"own": planted["clean"]}, "gold": "tiny:count_good",
+        "evaluate": {"k": 3, "sampling": SAMPLING, "samples": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rounds") / "out"
+    run_rounds(RoundsConfig(**settings), out, quiet=True)
+    return out
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, worth: list[float]) -> None:
+    """Rounds whose examination says what the script says, without models: gold by round, KL = 1 a round."""
+    monkeypatch.setattr(iterate, "advance", lambda config, now, out, quiet: now._replace(number=now.number + 1))
+    said = iter(range(len(worth)))
+
+    def examine(*_: Any, **__: Any) -> dict[str, Any]:
+        n = next(said)
+        values = {"gold": [[worth[n]]] * 4, "kl": [[float(n)]] * 4}
+        row = {"gold": worth[n], "gold_low": worth[n], "gold_high": worth[n], "kl": n, "ppl_sft": 1.0, "length": 1.0}
+        return {"row": row, "accuracy": [], "prompts": list("abcd"), "values": values, "samples": []}
+
+    monkeypatch.setattr(iterate, "examine_round", examine)
+
+
+class TestChain:
+    def test_each_round_goes_on_where_the_last_one_ended(self, done: Path, settings: dict[str, Any]) -> None:
+        policy, model = settings["sft"], settings["reward_model"]
+        for number in range(1, ROUNDS + 1):
+            folder = done / f"round-{number:02d}"
+            rm, optimised = (read(folder / stage / "config.json") for stage in ("rm", "ppo"))
+            stored = json.loads(pq.read_schema(rm["meta"]).metadata[b"steelyard"])
+            assert rm["meta"].startswith(str(folder / "meta"))
+            assert stored["policy"] == fingerprint(policy), "the meta set comes from the policy as it is"
+            assert (rm["model"], rm["eta"], rm["k"]) == (model, 0.1, 3)
+            model = str(folder / "rm" / "model")
+            assert (optimised["policy"], optimised["reward_model"]) == (policy, model)
+            assert optimised["reference"] == settings["sft"]
+            policy = str(folder / "ppo" / "model")
+        assert len({fingerprint(f) for f in (settings["sft"], policy, str(done / "round-01" / "ppo" / "model"))}) == 3
+
+    def test_no_round_repeats_anothers_random_numbers(self, done: Path) -> None:
+        stages = [done / f"round-{n:02d}" / s / "config.json" for n in (1, 2) for s in ("rm", "ppo")]
+        assert [read(path)["seed"] for path in stages] == [1, 1, 2, 2]
+        drawn = [pq.read_schema(next((done / f"round-{n:02d}" / "meta").iterdir())).metadata for n in (1, 2)]
+        assert [json.loads(m[b"steelyard"])["seed"] for m in drawn] == [1, 2]
+
+    def test_the_meta_set_may_have_prompts_of_its_own(self, done: Path, settings: dict[str, Any]) -> None:
+        keys = set(pq.read_table(next((done / "round-01" / "meta").iterdir()))["key"].to_pylist())
+        other = [json.loads(line)["prompt"] for line in Path(settings["meta_prompts"]).read_text().splitlines()]
+        assert keys == set(other)
+
+    def test_kl_is_measured_from_the_sft_model(self, done: Path) -> None:
+        first, second = (metrics(done / f"round-{n:02d}" / "ppo")[0]["ppo/kl_plain"] for n in (1, 2))
+        assert first == pytest.approx(0, abs=1e-5)
+        assert second > 0.01
+
+    @pytest.mark.parametrize("eta", [0.0, 0.1])
+    def test_plain_rounds_are_those_with_eta_0(self, eta: float, settings: dict[str, Any], tmp_path: Path) -> None:
+        short = settings | {"rounds": 1}
+        plain = {k: v for k, v in short.items() if not k.startswith("meta")} | {"reward": "plain"}
+        run_rounds(RoundsConfig(**short | {"meta": {"eta": eta, "meta_batch_size": 2}}), tmp_path / "meta", quiet=True)
+        run_rounds(RoundsConfig(**plain), tmp_path / "plain", quiet=True)
+        assert not (tmp_path / "plain" / "round-01" / "meta").exists()
+        for stage in ("rm", "ppo"):
+            a, b = (tmp_path / arm / "round-01" / stage / "model" / "model.safetensors" for arm in ("meta", "plain"))
+            assert (a.read_bytes() == b.read_bytes()) == (eta == 0), stage
+
+    def test_a_fixed_reward_model_is_left_alone(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        idle = ("data", "rm", "meta", "meta_prompts", "meta_sample")
+        fixed = {k: v for k, v in settings.items() if k not in idle} | {"reward": "fixed"}
+        found = run_rounds(RoundsConfig(**fixed), tmp_path, quiet=True)
+        assert not (tmp_path / "round-01" / "rm").exists()
+        assert read(tmp_path / "round-02" / "ppo" / "config.json")["reward_model"] == settings["reward_model"]
+        for row in found["rounds"]:
+            assert row["first"] == row["current"]
+
+    @pytest.mark.parametrize("kind", ["sft", "current"])
+    def test_baselines_of_the_sft_model_or_of_the_policy_as_the_round_starts(
+        self, kind: str, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        ppo = settings["ppo"] | {"reward": "contrastive", "scaling": "none"}
+        own = {"ppo": ppo, "baselines": kind, "baseline_sample": {"k": 2}}
+        run_rounds(RoundsConfig(**settings | own), tmp_path, quiet=True)
+        for number, moved in ((1, settings["sft"]), (2, str(tmp_path / "round-01" / "ppo" / "model"))):
+            config = read(tmp_path / f"round-{number:02d}" / "ppo" / "config.json")
+            stored = json.loads(pq.read_schema(config["baselines"]).metadata[b"steelyard"])
+            assert stored["policy"] == fingerprint(moved if kind == "current" else settings["sft"])
+            assert stored["reward_model"] == fingerprint(config["reward_model"])
+        responses = list((tmp_path / "baselines").glob("responses-*"))
+        assert len(responses) == (2 if kind == "current" else 1), "the SFT model answers once, for all rounds"
+
+
+class TestExamination:
+    def test_rewards_kl_and_perplexity_one_response_at_a_time(self, done: Path, settings: dict[str, Any]) -> None:
+        policy, rm = (str(done / "round-02" / stage / "model") for stage in ("ppo", "rm"))
+        found = read(done / "round-02" / "examine" / "round.json")
+        encoder = Encoder.load(policy, max_length=64)
+        prompts = list(dict.fromkeys(found["prompts"]))
+        assert len(prompts) == len(found["prompts"]) == 6, "repeated prompts count once"
+        config = RoundsConfig(**settings).evaluate
+        drawn = sample(
+            PolicyModel.load(policy), [encoder.prompt_ids(p) for p in prompts], prompts, k=3,
+            config=config.sampling, end_id=encoder.end_id, pad_id=encoder.pad_id, seed=config.seed,
+        )  # fmt: skip
+        models = {"current": RewardModel.load(rm), "first": RewardModel.load(settings["reward_model"])}
+        ours, sft = PolicyModel.load(policy), PolicyModel.load(settings["sft"])
+        nll, tokens = 0.0, 0
+        for n, prompt in enumerate(prompts):
+            for k, one in enumerate(drawn[n]):
+                tree = Tree(encoder.prompt_ids(prompt), (one.tokens,))
+                batch = collate([tree], encoder.pad_id)
+                with torch.no_grad():
+                    a, b = (float(m(batch).plain_BKR.sum()) for m in (ours, sft))
+                nll, tokens = nll - b, tokens + len(one.tokens)
+                assert found["values"]["kl"][n][k] == pytest.approx(a - b, abs=1e-4)
+                assert found["values"]["gold"][n][k] == encoder.decode(one.tokens).split().count("good")
+                for name, model in models.items():
+                    raw = float(model.score([tree], pad_id=encoder.pad_id)[0, 0])
+                    mean, std = model.normal
+                    assert found["values"][name][n][k] == pytest.approx((raw - mean) / std, abs=1e-4)
+        assert found["row"]["ppl_sft"] == pytest.approx(np.exp(nll / tokens), rel=1e-4)
+        assert found["row"]["gold"] == pytest.approx(np.mean(found["values"]["gold"]))
+        assert found["row"]["length"] == pytest.approx(tokens / 18)
+
+    def test_reward_models_on_validation_pairs_and_on_the_policys_own(self, done: Path) -> None:
+        found = read(done / "round-02" / "examine" / "round.json")
+        rows = {(r["model"], r["set"]): r for r in found["accuracy"]}
+        assert rows.keys() == {(m, s) for m in ("first", "current") for s in ("own", "the policy's own responses")}
+        assert rows["current", "own"]["n"] == 96
+        right, known = 0.0, 0
+        for gold, reward in zip(found["values"]["gold"], found["values"]["current"], strict=True):
+            for i in range(3):
+                for j in range(i):
+                    if gold[i] != gold[j]:
+                        known += 1
+                        right += float((gold[i] > gold[j]) == (reward[i] > reward[j]))
+        own = rows["current", "the policy's own responses"]
+        assert (own["n"], own["accuracy"]) == (known, pytest.approx(right / known))
+
+    def test_the_sft_model_is_round_0(self, done: Path) -> None:
+        row = read(done / "rounds.json")["rounds"][0]
+        assert row["kl"] == pytest.approx(0, abs=1e-5)
+        assert row["first"] == row["current"]
+
+
+class TestChoice:
+    def examined(self, *gold: list[float], kl: float = 0.0) -> list[dict[str, Any]]:
+        return [{"values": {"gold": [[x] for x in one], "kl": [[kl * n]] * len(one)}} for n, one in enumerate(gold)]
+
+    def test_is_made_on_one_half_and_measured_on_the_other(self) -> None:
+        found = choose(self.examined([0, 0, 0, 0], [1, 5, 3, 7], [3, -1, 3, 1]), "gold", 0.0)
+        assert (found["round"], found["scores"]) == (2, [0, 2, 3])
+        assert (found["rest"]["value"], found["gain"]["value"]) == (0, 0), "though its choice half says 3"
+
+    def test_the_sft_model_is_kept_where_nothing_beats_it(self) -> None:
+        found = choose(self.examined([1, 1, 1, 1], [1, 9, 1, 9], [0, 9, 0, 9]), "gold", 0.0)
+        assert (found["round"], found["gain"]) == (0, {"value": 0, "low": 0, "high": 0})
+
+    def test_distance_has_a_price(self) -> None:
+        """Worth 0, 1 - 0.5 * 2, 3 - 0.5 * 4; at a nat's price of 1: 0, -1, -1."""
+        far = self.examined([0, 0], [1, 1], [3, 3], kl=2.0)
+        assert choose(far, "gold", 0.5)["scores"] == [0, 0, 1]
+        assert choose(far, "gold", 1.0)["round"] == 0
+
+    @pytest.mark.parametrize(("patience", "rounds", "best"), [(1, 3, 2), (2, 4, 2), (None, 5, 5)])
+    def test_stops_when_the_examination_turns(
+        self, patience: int | None, rounds: int, best: int, monkeypatch: pytest.MonkeyPatch,
+        settings: dict[str, Any], tmp_path: Path,
+    ) -> None:  # fmt: skip
+        scripted(monkeypatch, [0, 1, 3, 2, 1, 4])
+        found = run_rounds(RoundsConfig(**settings | {"rounds": 5, "patience": patience}), tmp_path, quiet=True)
+        assert found["rounds"][-1]["round"] == rounds
+        assert found["best"]["round"] == best
+        assert bool(found["stopped"]) == (patience is not None)
+        assert (tmp_path / "best" / "model").readlink() == Path(f"../round-{best:02d}/ppo/model")
+
+    def test_the_kept_round_is_recorded_and_linked(self, done: Path, settings: dict[str, Any]) -> None:
+        best, record = read(done / "best" / "best.json"), read(done / "rounds.json")
+        assert best == record["best"]
+        model = Path(settings["sft"]) if best["round"] == 0 else done / best["model"]
+        assert (done / "best" / "model").resolve() == model.resolve()
+        assert PolicyModel.load(done / "best" / "model")
+
+    def test_without_a_criterion_all_are_kept_and_none_is_called_best(
+        self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        scripted(monkeypatch, [0, 1, 0])
+        own = {k: v for k, v in settings.items() if k not in ("gold", "patience")}
+        found = run_rounds(RoundsConfig(**own), tmp_path, quiet=True)
+        assert (found["best"], found["stopped"], len(found["rounds"])) == (None, "", 3)
+        assert "cannot tell a better policy from one that deceives them" in found["criterion"]["why"]
+        assert not (tmp_path / "best").exists()
+
+    def test_a_judge_stands_in_for_gold(self, settings: dict[str, Any], planted_reward: Path, tmp_path: Path) -> None:
+        own = {k: v for k, v in settings.items() if k != "gold"}
+        found = run_rounds(
+            RoundsConfig(**own | {"judge": str(planted_reward / "model"), "rounds": 1}), tmp_path, quiet=True
+        )
+        assert found["criterion"]["by"] == "judge"
+        worth = np.array(read(tmp_path / "round-01" / "examine" / "round.json")["values"]["judge"]).mean(1)
+        assert found["best"]["scores"][1] == pytest.approx(worth[::2].mean())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("own", "said"),
+        [
+            ({"data": None}, "reward = metarm trains the reward model; name its preferences"),
+            ({"reward": "plain"}, "meta, meta_prompts, meta_sample: no effect with reward = plain"),
+            ({"baselines": "current"}, "baselines: no effect with ppo.reward = plain"),
+            ({"gold": None, "kl_price": 0.1, "patience": 2}, "kl_price, patience: no effect where no criterion"),
+            ({"keep_by": "judge"}, "keep_by: judge needs `judge`"),
+            ({"ppo": {"policy": "x"}}, "ppo: policy is filled in by the rounds"),
+            ({"ppo": {"reward": "plain", "stepz": 3}}, "ppo.stepz: no such setting"),
+            ({"ppo": {"reward": "plain", "k": 3}}, "ppo: k: no effect with reward = plain"),
+            ({"rm": {"eta": 1.0}}, "rm and meta: eta stands in both"),
+            ({"meta": {"eta": -1.0}}, "rm and meta.eta: must be at least 0"),
+        ],
+    )
+    def test_before_anything_runs(
+        self, own: dict[str, Any], said: str, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match=re.escape(said)):
+            run_rounds(RoundsConfig(**settings | own), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_judge_must_not_be_what_is_optimised(
+        self, settings: dict[str, Any], planted: dict[str, str], planted_reward: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match="is the reward model itself"):
+            run_rounds(RoundsConfig(**settings | {"judge": settings["reward_model"]}), tmp_path)
+        same = settings | {"judge": str(planted_reward / "model"), "data": planted["clean"]}
+        with pytest.raises(InputError, match="as the rounds are; give one trained on other data"):
+            run_rounds(RoundsConfig(**same), tmp_path)
+
+    def test_one_prompt_cannot_be_halved(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        one = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "w1 w2"}] * 3)
+        with pytest.raises(InputError, match=r"2 different ones are needed; 1 of 1 leave room"):
+            run_rounds(RoundsConfig(**settings | {"eval_prompts": one}), tmp_path / "out")
