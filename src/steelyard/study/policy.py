@@ -1,0 +1,238 @@
+"""`steelyard study policy`: how far can a policy be pushed along a reward model before it gets worse?
+
+The over-optimisation protocol of Gao et al. (arXiv 2210.10760) on the small world, where the true reward of any text
+is known: gold and proxy reward against sqrt(KL), for a grid of cells (label noise, repair, way of training, KL
+weight), each with several seeds. Labels, SFT, reward models and baselines are made once a seed and shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from steelyard.data.encode import Encoder
+from steelyard.data.export import write_preferences
+from steelyard.data.load import load_preferences
+from steelyard.denoise import repair
+from steelyard.errors import InputError
+from steelyard.measure import measure
+from steelyard.parallel import default_workers, run_jobs
+from steelyard.ppo_settings import PPOConfig
+from steelyard.recipe import reward_config, sft_config, strength_config
+from steelyard.simulate.annotators import annotate
+from steelyard.simulate.world import gold
+from steelyard.stages import Files, prepare, prompts_that_fit
+from steelyard.study.folder import StudyFolder
+from steelyard.study.policy_config import (
+    AS_LABELLED,
+    Cell,
+    PolicyStudy,
+    allow_more,
+    annotators,
+    baseline_config,
+    check,
+    dpo_config,
+    evaluation_config,
+    is_dpo,
+    members,
+    needs_baselines,
+    ppo_config,
+    recipe_of,
+    repair_options,
+)
+from steelyard.study.policy_jobs import (
+    EXAMINED,
+    Exam,
+    RunJob,
+    sample_all,
+    train_and_examine,
+    train_and_look,
+    train_start,
+)
+from steelyard.study.policy_places import labels_of, of_seed, reward_of, run_of, start_of
+from steelyard.study.policy_tables import examine_study, summary_tables
+from steelyard.train.reward import RewardConfig
+
+NEW_MEMBER = 1_000_000  # between the seeds of an ensemble's members: no study has so many seeds
+Job = tuple[Any, ...]
+
+
+def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
+    """Run the cells that `study` names into `out`; returns the findings (also in study.json).
+
+    Finished models are skipped, an interrupted one goes on. Seeds, cells, arms and repairs may be added later.
+    Raises InputError, naming the field, for a study that cannot be run, before anything starts.
+    """
+    check(study)
+    if resume:
+        allow_more(study, out)
+    folder = StudyFolder(out, study, resume=resume, command=command)
+    files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
+    grid = study.grid()
+    folder.stage("labels", lambda: label(study, grid, files, out))
+    folder.stage("SFT", lambda: _start(study, files, out))
+    folder.stage("strength and repair", lambda: repair_all(study, grid, out))
+    exam = look_at(study, files, out)
+    folder.stage("reward models", lambda: _rewards(study, grid, files, exam, out))
+    scored = folder.stage("baselines", lambda: _baselines(study, grid, files, out))
+    folder.stage("policies", lambda: _policies(study, grid, files, scored, exam, out))
+    found = folder.stage("tables", lambda: examine_study(study, out))
+    folder.finish(study.name, study.world_seed, found, summary_tables(found))
+    return found
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------
+
+
+def _each(study: PolicyStudy, work: Callable[..., Any], jobs: Sequence[Job], labels: Sequence[str]) -> list[Any]:
+    """The jobs side by side, each told as it ends."""
+    if not jobs:
+        return []
+    return run_jobs(
+        work,
+        jobs,
+        workers=min(len(jobs), study.workers or default_workers()),
+        threads=study.threads,
+        labels=labels,
+        on_done=lambda i, _: print(f"  {labels[i]}", flush=True),
+    )
+
+
+def label(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> None:
+    """The training pairs of every seed and kind of noise, labelled anew by annotators of that seed."""
+    pairs = load_preferences(files.preferences).preferences
+    for seed in study.seeds:
+        for cell in {c.world: c for c in grid}.values():
+            path = labels_of(out, seed, (cell.world, AS_LABELLED))
+            if not path.exists():
+                try:
+                    labelled, _ = annotate(pairs, gold, annotators(study, cell), seed)
+                except InputError as error:
+                    raise InputError(f"cells: noise {cell.noise}, rate {cell.rate:g}: {error}") from None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_preferences(labelled, path)
+
+
+def _start(study: PolicyStudy, files: Files, out: Path) -> None:
+    if study.sft is None:
+        return
+    jobs, labels = [], []
+    tokenizer = files.tokenizer if study.model == "scratch" else None
+    for seed in study.seeds:
+        target = of_seed(out, seed) / "sft"
+        if not (target / "result.json").exists():
+            config = sft_config(recipe_of(study, seed), data=files.sft, tokenizer=tokenizer)
+            jobs.append((config, target))
+            labels.append(f"SFT, seed {seed}")
+    _each(study, train_start, jobs, labels)
+
+
+def repair_all(study: PolicyStudy, grid: Sequence[Cell], out: Path) -> None:
+    """The repaired files, by a strength that is measured once for every seed and kind of noise."""
+    for seed in study.seeds:
+        for data in dict.fromkeys(c.data for c in grid):
+            path = labels_of(out, seed, data)
+            if path.exists():
+                continue
+            labelled = labels_of(out, seed, (data[0], AS_LABELLED))
+            pairs = load_preferences(labelled).preferences
+            recipe = recipe_of(study, seed)
+            model = start_of(study, out, seed)
+            config = strength_config(recipe, study.scoring, data=str(labelled), model=model)
+            folder = of_seed(out, seed) / "strength" / data[0].replace(" %", "")
+            strengths = measure(config, pairs, folder, resume=True, quiet=True)
+            wrong = {p.id for p in pairs if gold(p.prompt, p.chosen) < gold(p.prompt, p.rejected)}
+            repaired, _ = repair(pairs, strengths, repair_options(study, data[1]), wrong=wrong)
+            write_preferences(repaired, path)
+            print(f"  {data[0]}, {data[1]}, seed {seed}: repaired", flush=True)
+
+
+def look_at(study: PolicyStudy, files: Files, out: Path) -> Exam:
+    """The held-out prompts that all policies answer."""
+    config = evaluation_config(study)
+    length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
+    encoder = Encoder.load(start_of(study, out, study.seeds[0]), max_length=length)
+    prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
+    return Exam(tuple(prompts), config, length, study.looks)
+
+
+def _rewards(study: PolicyStudy, grid: Sequence[Cell], files: Files, exam: Exam, out: Path) -> None:
+    """Every reward model that a cell asks for: one a (labels, repair) and seed, more for ensembles."""
+    jobs, labels = [], []
+    most: dict[tuple[str, str], int] = {}
+    for cell in grid:
+        most[cell.data] = max(most.get(cell.data, 1), members(study, cell.arm))
+    for seed in study.seeds:
+        for data, size in most.items():
+            for member in range(size):
+                folder = reward_of(out, seed, data, member)
+                if not (folder / EXAMINED).exists():
+                    jobs.append((reward_job(study, seed, data, member, out), folder, files.validation["original"]))
+                    labels.append(f"reward model {member}, {data[0]}, {data[1]}, seed {seed}")
+    k = baseline_config(study, 0, policy="", prompts="", reward_model="").k
+    _each(study, train_and_examine, [(*job, exam, k) for job in jobs], labels)
+
+
+def reward_job(study: PolicyStudy, seed: int, data: tuple[str, str], member: int, out: Path) -> RewardConfig:
+    """Settings of one reward model; an ensemble's further members differ in head and order of the data."""
+    recipe = recipe_of(study, seed)
+    settings = {"eval_every": None} | recipe.reward | {"seed": seed + NEW_MEMBER * member}
+    recipe = recipe.model_copy(update={"reward": settings})
+    start, pairs = start_of(study, out, seed), str(labels_of(out, seed, data))
+    return reward_config(recipe, repair_options(study, data[1]), data=pairs, model=start, validation={})
+
+
+def _baselines(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> dict[tuple[int, str, str], str]:
+    """(seed, world, repair) -> scored baselines. One job a seed: its responses are sampled once."""
+    wanted = list(dict.fromkeys(c.data for c in grid if needs_baselines(study, c.arm)))
+    jobs: list[Job] = []
+    for seed in study.seeds:
+        policy = start_of(study, out, seed)
+        configs = [
+            baseline_config(
+                study,
+                seed,
+                policy=policy,
+                prompts=files.prompts,
+                reward_model=str(reward_of(out, seed, data) / "model"),
+            )
+            for data in wanted
+        ]
+        jobs.append((configs, of_seed(out, seed) / "baselines"))
+    found = _each(study, sample_all, jobs if wanted else [], [f"baselines, seed {seed}" for seed in study.seeds])
+    return {
+        (seed, *data): path
+        for seed, paths in zip(study.seeds, found, strict=False)
+        for data, path in zip(wanted, paths, strict=True)
+    }
+
+
+def _policies(
+    study: PolicyStudy, grid: Sequence[Cell], files: Files, scored: dict[tuple[int, str, str], str], exam: Exam,
+    out: Path,
+) -> None:  # fmt: skip
+    """All cells of a seed before the next seed's."""
+    jobs = [run_job(study, cell, seed, files, scored, exam, out) for seed in study.seeds for cell in grid]
+    todo = [job for job in jobs if not job.done]
+    print(f"{len(todo)} of {len(jobs)} policies to train", flush=True)
+    names = [f"seed {job.folder.relative_to(out / 'seeds').as_posix().replace('/runs/', ', ')}" for job in todo]
+    _each(study, train_and_look, [(job,) for job in todo], names)
+
+
+def run_job(
+    study: PolicyStudy, cell: Cell, seed: int, files: Files, scored: dict[tuple[int, str, str], str], exam: Exam,
+    out: Path,
+) -> RunJob:  # fmt: skip
+    """One policy's job."""
+    start = start_of(study, out, seed)
+    rewards = tuple(str(reward_of(out, seed, cell.data, m) / "model") for m in range(members(study, cell.arm)))
+    folder = run_of(out, seed, cell)
+    if is_dpo(study, cell.arm):
+        data = str(labels_of(out, seed, cell.data))
+        return RunJob(folder, dpo_config(study, cell, seed, data=data, model=start), start, rewards, exam)
+    config = ppo_config(
+        study, cell, seed, policy=start, rewards=rewards, prompts=files.prompts,
+        baselines=scored.get((seed, *cell.data), ""), gold=files.gold,
+    )  # fmt: skip
+    return RunJob(folder, config, start, rewards, exam)
