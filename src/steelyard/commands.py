@@ -27,6 +27,7 @@ from steelyard.evaluate.examination import RewardEvaluationConfig, examine_model
 from steelyard.evaluate.features import FeatureConfig, examine_features
 from steelyard.evaluate.judge import JudgedFilesConfig, judge
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
+from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
 from steelyard.measure import StrengthConfig, measure, read_scores
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.pipeline import run_recipe
@@ -42,6 +43,9 @@ from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
 from steelyard.study.data import run_data_study
 from steelyard.study.data_config import DataStudy
 from steelyard.study.metarm import MetaRMStudy, run_metarm
+from steelyard.study.policy import run_policy_study
+from steelyard.study.policy_config import PolicyStudy
+from steelyard.study.rounds import RoundsStudy, run_rounds_study
 from steelyard.study.strength import StrengthStudy, run_strength_study
 from steelyard.summary import describe_run, judge_tables, tables
 from steelyard.train.dpo import DPOConfig, train_dpo
@@ -294,8 +298,10 @@ def evaluate_features(args: Args) -> None:
     print(f"\nreport: {build_report(extra.out)}")
 
 
-def study(config_type: type[Config], function: Callable[..., dict[str, Any]], verb: str) -> Callable[[Args], None]:
-    """The command of a study: `steelyard study KIND STUDY.yaml --out FOLDER`."""
+def study(
+    config_type: type[Config], function: Callable[..., dict[str, Any]], verb: str, file: str = "study"
+) -> Callable[[Args], None]:
+    """The command of a study: `steelyard study KIND STUDY.yaml --out FOLDER`; `file` is what it reads."""
 
     class StudyOptions(Config):
         """Where to, and changes of single settings."""
@@ -303,14 +309,15 @@ def study(config_type: type[Config], function: Callable[..., dict[str, Any]], ve
         set: tuple[str, ...] = Field((), description="changes such as `reward.epochs=2` (values in YAML)")
 
     fields = "\n".join(f"- {name}: {field.description}" for name, field in config_type.model_fields.items())
+    usage = f"{verb} {file.upper()}.yaml"
     about = f"{VERBS[verb]}. The file holds:\n\n{fields}"
 
     def command(args: Args) -> None:
         if not args or args[0].startswith("-"):
             if "-h" in args or "--help" in args:
-                parse(StudyOptions, ["--help"], verb=f"{verb} STUDY.yaml", about=about, out=OUT, resume=RESUME)
-            raise InputError(f"name the study: `steelyard {verb} study.yaml --out runs/name`")
-        options, extra = parse(StudyOptions, args[1:], verb=f"{verb} STUDY.yaml", about=about, out=OUT, resume=RESUME)
+                parse(StudyOptions, ["--help"], verb=usage, about=about, out=OUT, resume=RESUME)
+            raise InputError(f"name the {file}: `steelyard {verb} {file}.yaml --out runs/name`")
+        options, extra = parse(StudyOptions, args[1:], verb=usage, about=about, out=OUT, resume=RESUME)
         path = Path(args[0])
         config = checked(config_type, override(read_yaml(path), options.set), lambda f: f"{path.name}: {f}")
         function(config, extra.out, resume=extra.resume, command=command_line())
@@ -319,6 +326,16 @@ def study(config_type: type[Config], function: Callable[..., dict[str, Any]], ve
         print(f"\nreport: {page}")
 
     return command
+
+
+def rounds(config: RoundsConfig, out: Path, *, resume: bool, command: str) -> dict[str, Any]:
+    """The rounds, and what the report says of the run."""
+    began = time.time()
+    record = run_rounds(config, out, resume=resume)
+    if not (out / "run.json").exists():
+        write_json_atomic(out / "run.json", describe_run(f"Rounds: {config.reward}", config.seed, began, command))
+    write_json_atomic(out / "summary.json", {"tables": [rounds_table(record)]})
+    return record
 
 
 def study_data(args: Args) -> None:
@@ -387,6 +404,7 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "train ppo": train(PPOConfig, train_ppo, "train ppo"),
     "train dpo": train(DPOConfig, train_dpo, "train dpo"),
     "train metarm": train(MetaRMConfig, train_metarm, "train metarm"),
+    "iterate": study(RoundsConfig, rounds, "iterate", "settings"),
     "strength": strength,
     "repair": repair_command,
     "sample": sample_command,
@@ -397,6 +415,8 @@ COMMANDS: dict[str, Callable[[Args], None]] = {
     "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
     "study data": study_data,
     "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
+    "study rounds": study(RoundsStudy, run_rounds_study, "study rounds"),
+    "study policy": study(PolicyStudy, run_policy_study, "study policy"),
     "study strength": study(StrengthStudy, run_strength_study, "study strength"),
     "report": report,
     "run": run,

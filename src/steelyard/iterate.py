@@ -149,7 +149,16 @@ def advance(config: RoundsConfig, before: Round, out: Path, *, quiet: bool) -> R
 
 
 def check(config: RoundsConfig) -> None:
-    """Raise InputError for settings that are missing, have no effect, or do not fit together."""
+    """Raise InputError for settings or models that do not fit together."""
+    check_settings(config)
+    require_reward_model(config.reward_model)
+    if config.judge is not None:
+        require_reward_model(config.judge)
+        _require_another(config, config.judge)
+
+
+def check_settings(config: RoundsConfig) -> None:
+    """Raise InputError for settings that are missing, have no effect, or do not fit together; opens no file."""
     if config.reward != "fixed" and config.data is None:
         raise InputError(f"data: reward = {config.reward} trains the reward model; name its preferences, or use fixed")
     for name, needed in ((GOLD, config.gold), (JUDGE, config.judge)):
@@ -168,10 +177,6 @@ def check(config: RoundsConfig) -> None:
     for names, reason in idle:
         if useless := names & config.given():
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}; leave out")
-    require_reward_model(config.reward_model)
-    if config.judge is not None:
-        require_reward_model(config.judge)
-        _require_another(config, config.judge)
     some = Round(1, "", "")
     _reward(config, 1, model="", meta="")
     _meta_sample(config, 1, "")

@@ -36,6 +36,7 @@ from steelyard.report.model_sections import reward_section, sft_section
 from steelyard.report.policy_sections import policy_section
 from steelyard.report.read import Run, read_run
 from steelyard.report.reward_records import RewardRow
+from steelyard.report.rounds_sections import rounds_section, rounds_study_section
 from steelyard.report.seed_sections import contrastive_section, metarm_section
 from steelyard.report.strength_study_sections import strength_study_section
 from steelyard.report.study_sections import arms_section, kinds_section
@@ -82,6 +83,8 @@ def render(run: Run) -> str:
         arms_section(run),
         kinds_section(run),
         feature_section(run),
+        rounds_section(run),
+        rounds_study_section(run, styles),
         policy_section(run, styles),
         _made_section(run),
     )
@@ -112,6 +115,8 @@ def _arms(run: Run) -> list[str]:
         names += [arm for sample in run.policy.samples for arm in sample.responses]
     for study in (run.contrastive, run.metarm):
         names += [] if study is None else [r.arm for r in study.accuracy] + [c.arm for c in study.curves]
+    if run.rounds_study:
+        names += [r.arm for r in run.rounds_study.rows] + [c.arm for c in run.rounds_study.by_round]
     return names
 
 

@@ -23,6 +23,7 @@ from steelyard.errors import InputError
 from steelyard.report.data_study_records import DataStudyFile
 from steelyard.report.records import JudgeFile, PolicyFile, Record, RunFile, StrengthFile, SummaryFile
 from steelyard.report.reward_records import BenchmarkFile, RewardFile
+from steelyard.report.rounds_records import RoundsFile, RoundsStudyFile
 from steelyard.report.strength_study_records import StrengthStudyFile
 from steelyard.report.study_records import ContrastiveFile, FeatureFile, MetaRMFile
 
@@ -83,6 +84,9 @@ class Run:
     metarm: MetaRMFile | None = None
     data_study: DataStudyFile | None = None
     strength_study: StrengthStudyFile | None = None
+    rounds: RoundsFile | None = None
+    round_stages: Mapping[str, Stage] = field(default_factory=dict)
+    rounds_study: RoundsStudyFile | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -115,12 +119,14 @@ def read_run(path: Path) -> Run:
         metarm=_study(path, "metarm", MetaRMFile),
         data_study=_study(path, "data", DataStudyFile),
         strength_study=_study(path, "strength", StrengthStudyFile),
+        rounds=_record(path / "rounds.json", RoundsFile),
+        round_stages=_round_stages(path, notes),
+        rounds_study=_study(path, "rounds", RoundsStudyFile),
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    if not any(
-        (*found, run.dpo, run.judged, run.benchmarks, run.contrastive, run.metarm, run.data_study, run.strength_study)
-    ):
+    studies = (run.contrastive, run.metarm, run.data_study, run.strength_study, run.rounds, run.rounds_study)
+    if not any((*found, run.dpo, run.judged, run.benchmarks, *studies)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "
             "dpo/, examine/reward.json, examine/benchmarks.json, evaluate/policy.json, evaluate/judge.json or, for a "
@@ -280,6 +286,13 @@ def _stages(path: Path, kind: str, notes: list[str]) -> dict[str, Stage]:
         else:
             notes.append(f"{kind}/{child.name} has no metrics.jsonl and is left out.")
     return stages
+
+
+def _round_stages(path: Path, notes: list[str]) -> dict[str, Stage]:
+    """The PPO stage of each round that has begun."""
+    folders = sorted(path.glob("round-[0-9][0-9]*/ppo"))
+    begun = [f for f in folders if (f / "metrics.jsonl").exists()]
+    return {f"round {int(f.parent.name.removeprefix('round-'))}": _read_stage(f, path, notes) for f in begun}
 
 
 def _kind(stage: Stage) -> str:

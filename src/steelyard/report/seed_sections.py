@@ -42,14 +42,16 @@ def contrastive_section(run: Run, styles: Styles) -> Section | None:
         return None
     against = f"Difference to “{study.control}”"
     blocks: list[Block] = [
-        _differences(f"{against}: accuracy", "study-accuracy", study.accuracy, styles, _set_title),
-        _seed_table("Accuracy on held-out pairs", study.accuracy, study.control),
-        _differences(f"{against}: features apart", "study-overlap", study.overlap, styles, _overlap_title),
-        _seed_table("Chosen and rejected features apart", study.overlap, study.control),
+        difference_figure(f"{against}: accuracy", "study-accuracy", study.accuracy, styles, _set_title),
+        seed_rows_table("Accuracy on held-out pairs", study.accuracy, study.control),
+        difference_figure(f"{against}: features apart", "study-overlap", study.overlap, styles, _overlap_title),
+        seed_rows_table("Chosen and rejected features apart", study.overlap, study.control),
     ]
-    blocks += _curves(study.curves, styles, {"train/contrastive_loss": "Contrastive loss", "train/loss": "Reward loss"})
+    blocks += seed_curves(
+        study.curves, styles, {"train/contrastive_loss": "Contrastive loss", "train/loss": "Reward loss"}
+    )
     sets = sorted({c.metric for c in study.curves if c.metric.startswith("validation/")})
-    blocks += _curves(study.curves, styles, {m: f"Set: {m.split('/')[1]}" for m in sets}, "Accuracy while training")
+    blocks += seed_curves(study.curves, styles, {m: f"Set: {m.split('/')[1]}" for m in sets}, "Accuracy while training")
     intro = (
         f"SimCSE and SwAV beside the reward loss, {len(study.seeds)} seeds. “{study.control}” has the same dropout and "
         "the same doubled forward with beta = 0: what differs from it is the contrastive term's doing, what differs "
@@ -66,16 +68,16 @@ def metarm_section(run: Run, styles: Styles) -> Section | None:
     against = f"Difference to “{study.control}”"
     blocks: list[Block] = [_shift(study)] if study.policies else []
     blocks += [
-        _differences(f"{against}: accuracy", "meta-accuracy", study.accuracy, styles, _set_title),
-        _seed_table("Accuracy", study.accuracy, study.control),
+        difference_figure(f"{against}: accuracy", "meta-accuracy", study.accuracy, styles, _set_title),
+        seed_rows_table("Accuracy", study.accuracy, study.control),
     ]
     blocks += _histograms(study.histograms, styles)
     blocks += [
-        _differences(f"{against}: spread", "meta-spread", study.spread, styles, _spread_title),
-        _seed_table("Mean reward difference of two responses to one prompt", study.spread, study.control),
+        difference_figure(f"{against}: spread", "meta-spread", study.spread, styles, _spread_title),
+        seed_rows_table("Mean reward difference of two responses to one prompt", study.spread, study.control),
     ]
     names = {"meta/spread": "Spread on the meta set", "meta/gradient_norm": "Norm of the meta gradient"}
-    blocks += _curves(study.curves, styles, names | {"train/loss": "Training loss"})
+    blocks += seed_curves(study.curves, styles, names | {"train/loss": "Training loss"})
     intro = (
         f"Reward models that look at the preferences from where a shifted policy's {study.k or 'k'} responses to a "
         f"prompt differ more, {len(study.seeds)} seeds. “{study.control}” is the same code without the meta step; the "
@@ -96,7 +98,7 @@ def _spread_title(row: SeedRow) -> str:
     return f"{row.set}, in units of the {row.measure}"
 
 
-def _differences(
+def difference_figure(
     title: str, name: str, rows: Sequence[SeedRow], styles: Styles, panel_title: Callable[[SeedRow], str]
 ) -> Block:
     """One panel for each set and measure, one row an arm."""
@@ -119,7 +121,8 @@ def _differences(
     return Figure(title, _BARS, panels)
 
 
-def _seed_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:
+def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:
+    """Value of each arm on each set and its difference to the control, with intervals and by seed."""
     columns = (
         ("set", None), ("measure", None), ("arm", None), ("n", count), ("value", str),
         (f"difference to {control}", str), ("by seed", str),
@@ -134,9 +137,14 @@ def _seed_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:
     return table(title, columns, cells, note="By seed: the difference of each seed. Intervals as in the figure.")
 
 
-def _curves(
-    curves: Sequence[SeedCurve], styles: Styles, metrics: Mapping[str, str], title: str = "While training"
+def seed_curves(
+    curves: Sequence[SeedCurve],
+    styles: Styles,
+    metrics: Mapping[str, str],
+    title: str = "While training",
+    x: str = "training step",
 ) -> list[Block]:
+    """One panel for each of `metrics` (name -> words): the mean of the seeds and the band of all."""
     panels = []
     for metric, words in metrics.items():
         series = [
@@ -146,10 +154,8 @@ def _curves(
             if c.arm == arm and c.metric == metric and c.steps
         ]
         if series:
-            y = "accuracy" if metric.endswith("accuracy") else "value"
-            panels.append(
-                Panel(words, plots.lines(f"study-{metric}", series, "training step", y, small=len(metrics) > 2))
-            )
+            y = "accuracy" if "accuracy" in metric else "value"
+            panels.append(Panel(words, plots.lines(f"study-{metric}", series, x, y, small=len(metrics) > 2)))
     if not panels:
         return []
     arms = {c.arm for c in curves if c.metric in metrics}
