@@ -34,6 +34,7 @@ from steelyard.report.feature_sections import feature_section
 from steelyard.report.health_sections import benchmark_section, health_section
 from steelyard.report.model_sections import reward_section, sft_section
 from steelyard.report.policy_sections import policy_section
+from steelyard.report.policy_study_sections import policy_study_section
 from steelyard.report.read import Run, read_run
 from steelyard.report.reward_records import RewardRow
 from steelyard.report.rounds_sections import rounds_section, rounds_study_section
@@ -85,6 +86,7 @@ def render(run: Run) -> str:
         feature_section(run),
         rounds_section(run),
         rounds_study_section(run, styles),
+        policy_study_section(run),
         policy_section(run, styles),
         _made_section(run),
     )

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from steelyard.errors import InputError
 from steelyard.report.data_study_records import DataStudyFile
+from steelyard.report.policy_study_records import PolicyStudyFile
 from steelyard.report.records import JudgeFile, PolicyFile, Record, RunFile, StrengthFile, SummaryFile
 from steelyard.report.reward_records import BenchmarkFile, RewardFile
 from steelyard.report.rounds_records import RoundsFile, RoundsStudyFile
@@ -84,6 +85,7 @@ class Run:
     metarm: MetaRMFile | None = None
     data_study: DataStudyFile | None = None
     strength_study: StrengthStudyFile | None = None
+    policy_study: PolicyStudyFile | None = None
     rounds: RoundsFile | None = None
     round_stages: Mapping[str, Stage] = field(default_factory=dict)
     rounds_study: RoundsStudyFile | None = None
@@ -119,13 +121,22 @@ def read_run(path: Path) -> Run:
         metarm=_study(path, "metarm", MetaRMFile),
         data_study=_study(path, "data", DataStudyFile),
         strength_study=_study(path, "strength", StrengthStudyFile),
+        policy_study=_study(path, "policy", PolicyStudyFile),
         rounds=_record(path / "rounds.json", RoundsFile),
         round_stages=_round_stages(path, notes),
         rounds_study=_study(path, "rounds", RoundsStudyFile),
         notes=tuple(notes),
     )
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
-    studies = (run.contrastive, run.metarm, run.data_study, run.strength_study, run.rounds, run.rounds_study)
+    studies = (
+        run.contrastive,
+        run.metarm,
+        run.data_study,
+        run.strength_study,
+        run.policy_study,
+        run.rounds,
+        run.rounds_study,
+    )
     if not any((*found, run.dpo, run.judged, run.benchmarks, *studies)):
         raise InputError(
             f"{path}: holds nothing a report can show. Expected run.json, summary.json, strength/, rm/, ppo/, "

@@ -7,6 +7,7 @@ prompts at that point, by gold and proxy reward and distance. Everything a study
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,7 @@ def train_and_look(job: RunJob) -> None:
             train_dpo(config, job.folder, resume=True, quiet=True, look=look)
     except FloatingPointError as error:
         write_json_atomic(job.folder / FAILED, {"error": str(error)})
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
 
 def read_looks(folder: Path) -> tuple[list[int], dict[str, Float[np.ndarray, "J N K"]]]:
