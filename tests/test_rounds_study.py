@@ -1,0 +1,156 @@
+"""`steelyard iterate` and `study rounds` in tiny: arms differ in what they claim, figures repeat what runs left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from steelyard.cli import main
+from steelyard.errors import InputError
+from steelyard.stages import GOLD
+from steelyard.study.rounds import RoundsStudy, places, run_rounds_study
+
+OPTIM = {"lr": 3e-3}
+DRAWN = {"max_new_tokens": 6}
+ARMS = ("MetaRM", "plain reward model", "fixed reward model")
+TINY: dict[str, Any] = {
+    "name": "Tiny",
+    "seeds": [3, 4],
+    "world": {"sft": 24, "preferences": 32, "validation": 12, "rl_prompts": 8, "eval_prompts": 6},
+    "sft": {
+        "scratch": {"layers": 1, "width": 16, "heads": 2, "context": 192}, "batch_size": 8, "max_length": 160,
+        "optim": OPTIM,
+    },
+    "reward": {"batch_size": 8, "max_length": 160, "optim": OPTIM, "log_every": 1, "eval_every": None},
+    "iterate": {
+        "rounds": 2,
+        "rm": {"batch_size": 8, "max_length": 160, "optim": OPTIM, "log_every": 1, "eval_every": None},
+        "meta": {"eta": 0.5, "meta_batch_size": 4},
+        "meta_sample": {"k": 3},
+        "ppo": {
+            "reward": "plain", "steps": 2, "prompts_per_step": 4, "samples_per_prompt": 2, "max_length": 160,
+            "sampling": DRAWN, "actor": {"lr": 1e-2}, "critic": {"lr": 1e-2},
+        },
+        "evaluate": {"k": 2, "sampling": DRAWN},
+    },
+    "workers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    root = tmp_path_factory.mktemp("rounds-study")
+    (root / "study.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    assert main(["study", "rounds", str(root / "study.yaml"), "--out", str(root / "out")]) == 0
+    return root / "out"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+class TestStudy:
+    def test_arms_share_all_but_what_becomes_of_the_reward_model(self, done: Path) -> None:
+        configs = {a: read(places(done, a, 3) / "config.json") for a in ARMS}
+        base = configs["plain reward model"]
+
+        def differing(arm: str) -> set[str]:
+            return {key for key in base if base[key] != configs[arm][key]}
+
+        assert differing("MetaRM") == {"reward", "meta", "meta_sample"}
+        assert differing("fixed reward model") == {"reward", "data", "rm"}
+        assert base["reward_model"] == str(done / "first" / "seed-3" / "model")
+        assert (base["gold"], base["patience"], base["seed"]) == (GOLD, None, 3)
+        start = [read(places(done, a, 3) / "round-00" / "examine" / "round.json")["values"] for a in ARMS]
+        assert start[0] == start[1] == start[2]
+
+    def test_gold_by_round_and_of_the_kept_round(self, done: Path) -> None:
+        found = read(done / "study.json")
+        rows = {(r["set"], r["arm"]): r for r in found["rows"]}
+        assert rows.keys() == {(s, a) for s in ("round 1", "round 2", "the round kept") for a in ARMS}
+        turns = {(t["arm"], t["seed"]): t for t in found["turns"]}
+        for arm in ARMS:
+            for place, seed in enumerate((3, 4)):
+                gold = [
+                    np.array(read(places(done, arm, seed) / f"round-0{n}" / "examine" / "round.json")["values"]["gold"])
+                    for n in range(3)
+                ]
+                assert rows["round 2", arm]["seeds"][place] == pytest.approx(gold[2].mean())
+                best = int(np.argmax([g[::2].mean() for g in gold]))
+                assert turns[arm, seed]["best"] == best
+                assert rows["the round kept", arm]["seeds"][place] == pytest.approx(gold[best][1::2].mean())
+                assert turns[arm, seed]["gain"] == pytest.approx((gold[best] - gold[0])[1::2].mean())
+
+    def test_curves_join_the_rounds(self, done: Path) -> None:
+        found = read(done / "study.json")
+        by_step = {(c["arm"], c["metric"]): c for c in found["by_step"]}
+        course = by_step["MetaRM", "ppo/kl_plain"]
+        logged = [
+            [
+                json.loads(line)["ppo/kl_plain"]
+                for n in (1, 2)
+                for line in (places(done, "MetaRM", s) / f"round-0{n}/ppo/metrics.jsonl").read_text().splitlines()
+            ]
+            for s in (3, 4)
+        ]
+        assert course["steps"] == [1, 2, 3, 4]
+        np.testing.assert_allclose(course["mean"], np.mean(logged, 0))
+        by_round = {(c["arm"], c["metric"]): c for c in found["by_round"]}
+        assert by_round["MetaRM", "gold"]["steps"] == [0, 1, 2]
+        assert {m for _, m in by_round} >= {"gold", "first", "current", "kl", "accuracy/original"}
+
+    def test_the_report_shows_it(self, done: Path) -> None:
+        page = (done / "report.html").read_text()
+        assert "Rounds, over seeds" in page
+        assert "Accuracy: relabelled" in page
+        assert "Difference to “plain reward model”" in page
+
+    def test_resumed_it_repeats_its_findings(self, done: Path) -> None:
+        before = (done / "study.json").read_bytes()
+        study = RoundsStudy(**TINY)
+        run_rounds_study(study, done, resume=True)
+        assert (done / "study.json").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("own", "said"),
+        [
+            ({"arms": {"x": {}}}, "control must be one of the arms"),
+            ({"iterate": {"ppo": {"reward": "plain", "steps": -1}}}, "ppo.steps: must be at least 1"),
+            ({"reward": {"lr": 1}}, "reward.lr: no such setting"),
+        ],
+    )
+    def test_contradictions_are_refused_before_anything_runs(
+        self, own: dict[str, Any], said: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match=said):
+            run_rounds_study(RoundsStudy(**TINY | own), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("own", [{"iterate": {"patience": 2}}, {"arms": {"x": {"rounds": 3}}}])
+    def test_all_arms_go_through_the_same_rounds(self, own: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="is the study's own"):
+            RoundsStudy(**TINY | own)
+
+
+def test_iterate_from_a_file_leaves_a_report(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read(places(done, "MetaRM", 3) / "config.json")
+    given = {k: v for k, v in config.items() if v not in (None, {}) and k != "baselines"}
+    (tmp_path / "rounds.yaml").write_text(yaml.safe_dump(given))
+    args = ["iterate", str(tmp_path / "rounds.yaml"), "--out", str(tmp_path / "out"), "--set", "rounds=1"]
+    assert main(args) == 0
+    said = capsys.readouterr().out
+    assert "round 0: gold" in said
+    assert "0 (SFT)" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    for words in ("PPO in each round", "Fig. 17", "By round", "Kept: round", "Set: the policy"):
+        assert words in page
+    assert main(args) == 2
+    assert "--resume" in capsys.readouterr().err
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.json")}
+    assert main([*args, "--resume"]) == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.json")} == before
