@@ -12,8 +12,9 @@ import yaml
 
 from steelyard.cli import main
 from steelyard.errors import InputError
+from steelyard.iterate import check_settings
 from steelyard.stages import GOLD
-from steelyard.study.rounds import RoundsStudy, places, run_rounds_study
+from steelyard.study.rounds import RoundsStudy, places, rounds_config, run_rounds_study
 
 OPTIM = {"lr": 3e-3}
 DRAWN = {"max_new_tokens": 6}
@@ -52,6 +53,17 @@ def done(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_the_recipe_has_no_contradiction() -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "policy-study" / "rounds.yaml"
+    study = RoundsStudy(**yaml.safe_load(recipe.read_text()))
+    kinds = set()
+    for arm in study.arms:
+        config = rounds_config(study, arm, 0, model="", first="", files=None)
+        check_settings(config)
+        kinds.add(config.reward)
+    assert kinds == {"metarm", "plain", "fixed"}
 
 
 class TestStudy:
