@@ -115,12 +115,12 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             examined.append(_examine(config, now, prompts, length, out))
             record = _record(config, examined)
             write_json_atomic(out / RECORD, record)
+            if record["best"] is not None:
+                _keep(config, record["best"], out)
             if not quiet:
                 print(_line(record), flush=True)
             if record["stopped"]:
                 break
-        if record["best"] is not None:
-            _keep(config, record["best"], out)
         run.finish({"rounds": len(examined) - 1, "best": record["best"], "stopped": record["stopped"]})
         return record
 
