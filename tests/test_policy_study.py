@@ -1,0 +1,380 @@
+"""`study policy` in tiny: the grid, what its curves compute, what its runs leave, how it grows, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from steelyard.cli import main
+from steelyard.data.encode import Encoder
+from steelyard.data.load import load_preferences, load_prompts
+from steelyard.errors import InputError
+from steelyard.evaluate.policy import answer
+from steelyard.simulate.world import gold
+from steelyard.study.policy import run_policy_study
+from steelyard.study.policy_config import Cell, PolicyStudy, check, control_of, evaluation_config, ppo_config
+from steelyard.study.policy_curves import (
+    at_kl,
+    contrasted,
+    correlation,
+    correlation_interval,
+    errors,
+    expected_contrast,
+    expected_reward,
+    flip_table,
+    line,
+    reached,
+    simulate_contrast,
+    variances,
+)
+from steelyard.study.policy_jobs import Exam, load_arrays
+from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
+
+OPTIM = {"lr": 3e-3}
+DRAWN = {"max_new_tokens": 6}
+TINY: dict[str, Any] = {
+    "name": "Tiny",
+    "seeds": [0, 1],
+    "world": {"sft": 24, "preferences": 40, "validation": 12, "rl_prompts": 8, "eval_prompts": 6},
+    "sft": {
+        "scratch": {"layers": 1, "width": 16, "heads": 2, "context": 192}, "batch_size": 8, "max_length": 160,
+        "optim": OPTIM,
+    },
+    "strength": {"members": 2, "max_length": 160},
+    "repairs": {"oracle": {"recipe": "oracle flip"}, "flip": {"recipe": "flip", "q": 0.2}},
+    "reward": {"batch_size": 8, "max_length": 160, "optim": OPTIM},
+    "baselines": {"k": 3, "max_length": 160, "sampling": DRAWN},
+    "ppo": {
+        "steps": 4, "prompts_per_step": 4, "samples_per_prompt": 2, "max_length": 160, "sampling": DRAWN,
+        "actor": {"lr": 1e-2}, "critic": {"lr": 1e-2}, "kl_coef": 0.05, "scale_warmup": 8,
+    },
+    "dpo": {"batch_size": 8, "max_length": 160, "optim": {"lr": 1e-2}},
+    "arms": {
+        "plain": {"reward": "plain"}, "contrastive": {"reward": "contrastive", "k": 2},
+        "RLOO": {"reward": "plain", "advantage": "rloo"},
+        "UWO": {"reward": "plain", "members": 2, "aggregate": "uncertainty-weighted"},
+        "stopped": {"reward": "plain", "max_kl": 1e-9}, "DPO": {"method": "dpo"},
+    },
+    "cells": [
+        {"noise": ["uniform", "systematic"], "rate": [0, 0.2], "arm": "plain"},
+        {"noise": "systematic", "rate": 0.2, "arm": ["contrastive", "RLOO", "UWO", "stopped", "DPO"]},
+        {"noise": "systematic", "rate": 0.2, "repair": "oracle", "arm": ["plain", "contrastive"]},
+    ],
+    "recommended": {"repair": "oracle", "arm": "contrastive"},
+    "looks": 2,
+    "at_kl": [1e-3, 50],
+    "evaluate": {"k": 2, "sampling": DRAWN, "strata": 2},
+    "workers": 1,
+}  # fmt: skip
+NOISY = ("systematic", 0.2, "none")
+
+
+def study(**changes: Any) -> PolicyStudy:
+    return PolicyStudy(**TINY | changes)
+
+
+def start(folder: Path, *more: str, **changes: Any) -> int:
+    folder.mkdir(exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(TINY | changes, sort_keys=False))
+    return main(["study", "policy", str(folder / "study.yaml"), "--out", str(folder / "out"), *more])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    root = tmp_path_factory.mktemp("policy-study")
+    assert start(root) == 0
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def found(done: Path) -> dict[str, Any]:
+    return json.loads((done / "study.json").read_text())
+
+
+class TestCurves:
+    def test_interpolates_in_the_root_of_the_distance(self) -> None:
+        gold_JX, kl_J = np.array([[0.0, 10.0], [1.0, 10.0], [3.0, 20.0]]), np.array([0.0, 1.0, 4.0])
+        assert at_kl(gold_JX, kl_J, 2.25) == pytest.approx([2.0, 15.0])  # the root 1.5 lies half way from 1 to 2
+        assert at_kl(gold_JX, kl_J, 0.25) == pytest.approx([0.5, 10.0])
+        assert at_kl(gold_JX, kl_J, 0.0) == pytest.approx([0.0, 10.0])
+        assert at_kl(gold_JX, kl_J, 4.01) is None
+
+    def test_a_runs_own_greatest_distance_is_always_found(self) -> None:
+        for kl in np.random.default_rng(0).uniform(0.01, 9, 200):
+            assert at_kl(np.array([[0.0], [1.0]]), np.array([0.0, kl]), reached(np.array([0.0, kl]))) == pytest.approx(
+                1
+            )
+
+    def test_takes_the_first_crossing_of_a_run_that_turns_back(self) -> None:
+        values, kl_J = np.array([[0.0], [2.0], [5.0], [7.0]]), np.array([0.0, 4.0, 1.0, 9.0])
+        assert at_kl(values, kl_J, 1.0) == pytest.approx([1.0])
+        assert at_kl(values, np.array([0.3, -0.1, 0.0, -0.2]), 0.01) is None  # an estimate below 0 is no distance
+
+    def test_refuses_shapes_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match="one distance a look"):
+            at_kl(np.zeros((3, 2)), np.zeros(2), 1.0)
+        with pytest.raises(ValueError, match="at least 0"):
+            at_kl(np.zeros((2, 2)), np.zeros(2), -1.0)
+
+    def test_variances_by_hand(self) -> None:
+        found = variances(np.array([[1.0, 3.0], [5.0, 7.0]]))  # within: 2 and 2; the means 2 and 6 vary by 8
+        assert found.within == pytest.approx(2)
+        assert found.between == pytest.approx(7)
+        assert found.plain == pytest.approx(9)
+        assert [found.contrastive(k) for k in (1, 2)] == pytest.approx([4, 3])
+        with pytest.raises(ValueError, match="K >= 2"):
+            variances(np.zeros((4, 1)))
+
+    def test_the_prediction_holds_for_normal_rewards(self) -> None:
+        rng = np.random.default_rng(3)
+        level = rng.normal(0, 2, (40_000, 1))
+        base, current = (level + rng.normal(0, 1, (40_000, k)) for k in (3, 2))
+        split = variances(base)
+        assert split.between == pytest.approx(4, rel=0.03)
+        assert split.within == pytest.approx(1, rel=0.03)
+        assert current.var() == pytest.approx(split.plain, rel=0.03)
+        for k in (1, 3):
+            assert contrasted(current, base, k).var() == pytest.approx(split.contrastive(k), rel=0.03)
+
+    def test_correlation_sees_what_a_prompt_shares(self) -> None:
+        rng = np.random.default_rng(4)
+        level = rng.normal(0, 1, (50_000, 1))
+        a, b = (level + rng.normal(0, 1, (50_000, k)) for k in (2, 3))
+        assert correlation(a, b) == pytest.approx(0.5, abs=0.02)  # tau^2 / (tau^2 + s^2)
+        assert correlation(a, b[:, ::-1]) == pytest.approx(correlation(a, b))
+        assert correlation(a - level, b - level) == pytest.approx(0, abs=0.02)
+        assert correlation(np.ones((4, 2)), b[:4]) == 0
+        row = correlation_interval([a[:200], a[200:400]], [b[:200], b[200:400]])
+        assert row["low"] < row["value"] < row["high"]
+        assert len(row["seeds"]) == 2
+
+    def test_errors_leave_nothing_of_a_line(self) -> None:
+        truth = np.random.default_rng(5).normal(size=(7, 2))
+        fitted = line(3 - 2 * truth, truth)
+        assert fitted == pytest.approx((3, -2))
+        assert errors(3 - 2 * truth, truth, fitted) == pytest.approx(0)
+
+
+class TestFlips:
+    def test_identity_by_hand(self) -> None:
+        assert expected_reward(0.5, 0.2, 0.1) == pytest.approx(0.55)  # 0.5 x 0.9 right, 0.5 x 0.2 taken for right
+        assert expected_contrast(0.9, 0.4, 0.2, 0.1) == pytest.approx(0.35)
+        assert expected_contrast(0.9, 0.4, 0.0, 0.3) == pytest.approx(expected_contrast(0.9, 0.4, 0.3, 0.0))
+        assert expected_contrast(0.9, 0.4, 0.5, 0.5) == pytest.approx(0)  # a coin says nothing
+        with pytest.raises(ValueError, match="probabilities"):
+            expected_reward(1.2, 0, 0)
+
+    def test_identity_by_enumeration(self) -> None:
+        """E r over both truths and both flips."""
+        for p, c0, c1 in ((0.3, 0.2, 0.4), (1.0, 0.7, 0.1)):
+            total = sum(
+                chance * flip * reward
+                for true, chance in ((1, p), (0, 1 - p))
+                for reward, flip in ((1, 1 - c1 if true else c0), (0, c1 if true else 1 - c0))
+            )
+            assert expected_reward(p, c0, c1) == pytest.approx(total)
+
+    def test_simulation_agrees(self) -> None:
+        for row in flip_table(draws=20_000, seed=1):
+            assert abs(row["simulated"] - row["predicted"]) < 4 * row["error"]
+        few, many = (simulate_contrast(0.7, 0.4, 0.2, 0.2, k=k, draws=20_000, seed=2)[1] for k in (1, 5))
+        # var r = 0.62 x 0.38 and 0.44 x 0.56; the second is divided by k.
+        assert (few / many) ** 2 == pytest.approx((0.2356 + 0.2464) / (0.2356 + 0.2464 / 5), rel=0.05)
+
+
+class TestGrid:
+    def test_is_the_union_of_its_blocks(self) -> None:
+        grid = study().grid()
+        assert [c.world for c in grid[:3]] == ["clean", "uniform 20 %", "systematic 20 %"]
+        assert len(grid) == 10
+        assert Cell("systematic", 0.2, "none", "DPO", None) in grid
+        assert Cell(*NOISY, "contrastive", 0.05) in grid
+        assert len({c.place for c in grid}) == len(grid)
+
+    def test_controls(self) -> None:
+        cells = [*TINY["cells"], {"noise": "systematic", "rate": 0.2, "arm": ["plain", "contrastive"], "kl_coef": 0}]
+        wide = study(cells=cells)
+        grid = wide.grid()
+        for weight in (0.05, 0.0):
+            control = control_of(wide, Cell(*NOISY, "contrastive", weight), grid)
+            assert control == Cell(*NOISY, "plain", weight)
+        assert control_of(wide, Cell(*NOISY, "DPO", None), grid) == Cell(*NOISY, "plain", 0.05)
+
+    def test_the_kl_penalty_is_scaled_like_the_reward(self) -> None:
+        def config(arm: dict[str, Any], weight: float) -> Any:
+            one = study(arms=TINY["arms"] | {"it": arm})
+            paths: dict[str, Any] = {"policy": "", "rewards": ("",), "prompts": "", "baselines": "", "gold": None}
+            return ppo_config(one, Cell(*NOISY, "it", weight), 3, **paths)
+
+        assert config({"reward": "contrastive"}, 0.05).scale_kl
+        assert config({"reward": "plain", "scaling": "std"}, 0.05).scale_kl
+        assert not config({"reward": "contrastive"}, 0.0).scale_kl  # there is no penalty
+        assert not config({"reward": "contrastive", "scaling": "none"}, 0.05).scale_kl
+        assert not config({"reward": "plain"}, 0.05).scale_kl
+        assert config({"reward": "plain"}, 0.3).kl_coef == 0.3
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"arms": {"contrastive": {}}}, "arms.plain: all arms are compared"),
+            ({"arms": TINY["arms"] | {"contrastive": {"k": 9}}}, "k: must be at most baselines.k = 3"),
+            ({"arms": TINY["arms"] | {"contrastive": {"scale_kl": False}}}, "scale_kl: the study decides"),
+            ({"arms": TINY["arms"] | {"RLOO": {"advantage": "rloo"}}}, "arms.RLOO: advantage = rloo with reward"),
+            ({"arms": TINY["arms"] | {"UWO": {"reward": "plain", "members": 0}}}, "arms.UWO.members"),
+            ({"arms": TINY["arms"] | {"DPO": {"method": "ipo"}}}, "arms.DPO.method: must be ppo or dpo"),
+            ({"cells": [{"rate": 0.2, "arm": "plain"}]}, "cells.0.noise: none goes with rate 0"),
+            ({"cells": [{"arm": "other"}]}, "cells.0.arm: must be of"),
+            ({"cells": [{"arm": "plain", "repair": "other"}]}, "cells.0.repair: must be of"),
+            ({"cells": [{"arm": "contrastive"}], "recommended": None}, "no plain arm"),
+            ({"recommended": {"arm": "RLOO", "repair": "oracle"}}, "recommended: no cell"),
+            ({"world": {"seed": 3}}, "world: seed: use `world_seed`"),
+            ({"seeds": [1, 1]}, "seeds: must differ"),
+            ({"at_kl": [0.0]}, "at_kl: must be above 0"),
+            ({"evaluate": {"k": 1}}, "evaluate.k: must be at least 2"),
+            ({"repairs": {"none": {"recipe": "flip"}}}, "repairs.none"),
+        ],
+    )  # fmt: skip
+    def test_refusals(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=message.replace(".", r"\.")):
+            run_policy_study(study(**changes), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_rate_out_of_reach_is_refused_before_anything_is_trained(self, tmp_path: Path) -> None:
+        cells = [{"noise": "systematic", "rate": 0.95, "arm": "plain"}]
+        with pytest.raises(InputError, match=r"noise systematic, rate 0\.95"):
+            run_policy_study(study(cells=cells, recommended=None), tmp_path / "out")
+        assert not (tmp_path / "out" / "seeds" / "0" / "sft").exists()
+
+
+class TestStudy:
+    def test_labels_are_noisy_as_said_and_differ_by_seed(self, done: Path, found: dict[str, Any]) -> None:
+        wrong = {(r["world"], r["repair"]): r["wrong"] for r in found["rewards"]}
+        assert wrong["clean", "none"] == 0 == wrong["systematic 20 %", "oracle"]
+        assert 0.05 < wrong["systematic 20 %", "none"] < 0.4
+        files = [load_preferences(labels_of(done, s, ("uniform 20 %", "none"))).preferences for s in (0, 1)]
+        assert [p.chosen for p in files[0]] != [p.chosen for p in files[1]]
+        assert [{p.chosen, p.rejected} for p in files[0]] == [{p.chosen, p.rejected} for p in files[1]]
+        share = np.mean([gold(p.prompt, p.chosen) < gold(p.prompt, p.rejected) for p in (*files[0], *files[1])])
+        assert wrong["uniform 20 %", "none"] == pytest.approx(share)
+
+    def test_the_last_look_is_of_the_model_that_is_saved(self, done: Path) -> None:
+        config, plain = evaluation_config(study()), Cell(*NOISY, "plain", 0.05)
+        folder, sft = run_of(done, 1, plain), start_of(study(), done, 1)
+        prompts = [p.prompt for p in load_prompts(done / "data" / "eval_prompts.jsonl").items]
+        reward = str(reward_of(done, 1, plain.data) / "model")
+        encoder = Encoder.load(sft, max_length=160)
+        again = answer(str(folder / "model"), sft, reward, prompts, encoder, gold, config)
+        last = load_arrays(folder / "looks" / "step-00000004.npz")
+        for name in ("gold", "proxy", "kl", "length", "ended"):
+            assert last[name] == pytest.approx(getattr(again, f"{name}_NK"), abs=1e-5)
+        first = load_arrays(folder / "looks" / "step-00000000.npz")
+        assert np.all(first["kl"] == 0)
+        examined = load_arrays(reward_of(done, 1, plain.data) / "examined.npz")
+        assert examined["proxy"] == pytest.approx(first["proxy"])
+        assert examined["base_gold"].shape == (6, 3)
+        assert not np.allclose(examined["base_proxy"][:, :2], examined["proxy"])  # drawn apart
+
+    def test_the_ensemble_is_paid_less_where_its_members_disagree(self, done: Path) -> None:
+        cell = Cell(*NOISY, "UWO", 0.05)
+        scores = [load_arrays(reward_of(done, 0, cell.data, m) / "examined.npz")["proxy"] for m in (0, 1)]
+        first = load_arrays(run_of(done, 0, cell) / "looks" / "step-00000000.npz")
+        expected = (scores[0] + scores[1]) / 2 - 0.5 * ((scores[0] - scores[1]) / 2) ** 2
+        assert first["proxy"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+    def test_differences_are_paired_by_seed_and_answer(self, done: Path, found: dict[str, Any]) -> None:
+        ends = {
+            arm: [load_arrays(sorted((run_of(done, s, Cell(*NOISY, arm, w)) / "looks").iterdir())[-1])["gold"]
+                  for s in (0, 1)]
+            for arm, w in (("plain", 0.05), ("contrastive", 0.05), ("DPO", None))
+        }  # fmt: skip
+        rows = {(d["kind"], d["arm"], d["repair"], d["at"]): d for d in found["differences"] if d["world"] != "clean"}
+        for arm in ("contrastive", "DPO"):
+            row = rows["arm", arm, "none", "end of the run"]
+            assert row["seeds"] == pytest.approx(
+                [np.mean(a - b) for a, b in zip(ends[arm], ends["plain"], strict=True)]
+            )
+            assert row["against"]["arm"] == "plain"
+            assert row["n_seeds"] == 2
+        assert not any(at == "KL 50" for *_, at in rows)  # nobody came so far
+        assert rows["recommended", "contrastive", "oracle", "end of the run"]["against"]["repair"] == "none"
+        assert rows["repair", "contrastive", "oracle", "end of the run"]["against"]["arm"] == "contrastive"
+        (win,) = (
+            w for w in found["wins"]
+            if (w["a"]["arm"], w["a"]["repair"], w["b"]["arm"], w["b"]["repair"]) == ("contrastive", "none", "plain", "none")
+        )  # fmt: skip
+        gaps = np.array(ends["contrastive"]) - np.array(ends["plain"])
+        assert win["win"] == pytest.approx((gaps > 1e-6).mean())
+        assert win["lose"] == pytest.approx((gaps < -1e-6).mean())
+        assert win["score"] == pytest.approx(win["win"] + win["tie"] / 2)
+
+    def test_a_run_that_its_guard_ends_is_left_out_by_name(self, found: dict[str, Any]) -> None:
+        assert {f["seed"] for f in found["failed"]} <= {0, 1}
+        assert found["failed"]
+        assert all(f["arm"] == "stopped" and "max_kl" in f["error"] for f in found["failed"])
+
+    def test_strata_hold_all_prompts_hardest_first(self, found: dict[str, Any]) -> None:
+        rows = [s for s in found["strata"] if s["arm"] == "contrastive" and s["repair"] == "none"]
+        assert [r["n"] for r in rows] == [3, 3]
+        assert rows[0]["high"] <= rows[1]["low"]
+        (difference,) = (
+            d for d in found["differences"]
+            if (d["arm"], d["kind"], d["repair"], d["at"]) == ("contrastive", "arm", "none", "end of the run")
+        )  # fmt: skip
+        assert np.mean([r["difference"]["value"] for r in rows]) == pytest.approx(difference["value"])
+
+    def test_predictions_stand_beside_measurements(self, done: Path, found: dict[str, Any]) -> None:
+        rows = {v["k"]: v for v in found["variances"] if (v["world"], v["policy"]) == ("clean", "SFT")}
+        assert set(rows) == {0, 1, 3}
+        seen = load_arrays(reward_of(done, 0, ("clean", "none")) / "examined.npz")
+        gap = seen["proxy"] - seen["base_proxy"].mean(1, keepdims=True)
+        assert rows[3]["measured"]["seeds"][0] == pytest.approx(gap.var(ddof=1))
+        within = seen["base_proxy"].var(1, ddof=1).mean()
+        assert rows[1]["predicted"]["seeds"][0] == pytest.approx(2 * within)
+        speeds = {s["arm"]: s for s in found["speeds"] if s["world"] != "clean" and s["repair"] == "none"}
+        assert speeds["RLOO"]["explained_first"] is None
+        assert speeds["plain"]["explained_first"] is not None
+
+    def test_the_report_shows_it(self, done: Path) -> None:
+        page = (done / "report.html").read_text()
+        for text in ("Over-optimisation", "Gold against distance: plain PPO and the recommended", "flip-rate identity",
+                     "Runs that were stopped", "What label noise does", "By difficulty of the prompt"):  # fmt: skip
+            assert text in page
+        assert page.count('class="plot"') >= 12
+
+
+class TestResume:
+    def test_grows_by_seeds_cells_and_arms_and_trains_nothing_twice(self, done: Path) -> None:
+        before = {p: p.stat().st_mtime_ns for p in done.glob("seeds/*/**/result.json")}
+        more = {
+            "arms": TINY["arms"] | {"PAR": {"reward": "par"}}, "seeds": [0, 1, 2], "recommended": None,
+            "cells": [{"noise": "systematic", "rate": 0.2, "arm": ["plain", "PAR"]}], "at_kl": [1e-3],
+        }  # fmt: skip
+        assert start(done.parent, **more) == 2  # not without --resume
+        assert start(done.parent, "--resume", **more) == 0
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        found = json.loads((done / "study.json").read_text())
+        assert {e["arm"] for e in found["ends"]} == {"plain", "PAR"}
+        assert found["ends"][0]["n_seeds"] == 3
+
+    def test_refuses_what_would_mix_two_studies(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert start(done.parent, "--resume", arms=TINY["arms"] | {"contrastive": {"reward": "contrastive"}}) == 2
+        assert "arms: contrastive has other settings" in capsys.readouterr().err
+        assert start(done.parent, "--resume", baselines=TINY["baselines"] | {"k": 4}) == 2
+        assert "other settings" in capsys.readouterr().err
+
+
+def test_the_recipe_in_the_repository_is_a_study() -> None:
+    path = Path(__file__).parents[1] / "recipes" / "policy-study" / "world.yaml"
+    check(PolicyStudy(**yaml.safe_load(path.read_text())))
+
+
+def test_looks_are_equal_parts_that_end_with_the_run() -> None:
+    exam = Exam((), evaluation_config(study()), 160, 6)
+    assert exam.steps(60) == {10, 20, 30, 40, 50, 60}
+    assert exam.steps(4) == {1, 2, 3, 4}
+    assert max(exam.steps(94)) == 94
