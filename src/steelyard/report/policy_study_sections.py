@@ -33,9 +33,9 @@ _AXIS = "√KL to the SFT model, √nats"
 _CELL = (("labels", None), ("repair", None), ("arm", None), ("KL weight", None))
 _KINDS = {
     "recommended": "Recommended settings against plain PPO on the labels as they are",
-    "arm": "Arms against plain PPO (same labels, repair and KL weight)",
-    "repair": "Repaired labels against labels as they are (same arm and KL weight)",
-    "KL penalty": "Without against with KL penalty (same labels, repair and arm)",
+    "arm": "Arms against plain PPO with the same labels, repair and KL weight",
+    "repair": "Repaired labels against labels as they are, same arm and KL weight",
+    "KL penalty": "Without against with KL penalty, same labels, repair and arm",
 }
 END, COMMON = "end of the run", "greatest KL that both reached"
 
@@ -196,11 +196,18 @@ def _differences(study: PolicyStudyFile, kind: str, title: str) -> list[Block]:
         series = [
             Series([d.value], [i], series_style(0), [d.low or 0.0], [d.high or 0.0]) for i, d in enumerate(shared)
         ]
-        names = [f"{d.world}: {d.words}" for d in shared]
+        names = [_brief(d, study.kl_coef) for d in shared]
         svg = plots.dots(f"difference-{kind}", names, series, "difference in gold reward", level=0.0)
         reading = "At the greatest distance that both runs of a seed reached. A bar that holds 0 shows no difference."
         blocks.insert(0, Figure(title, reading, [Panel("At equal distance", svg)]))
     return blocks
+
+
+def _brief(d: CellDifference, usual: float) -> str:
+    """A cell in few words: there is little room beside a plot."""
+    repaired = "" if d.repair == "none" else f" on {d.repair}"
+    weight = "" if d.kl_coef in (None, usual) else f", KL {d.weight}"
+    return f"{d.world}: {d.arm}{repaired}{weight}"
 
 
 def _short(d: CellDifference | None, seeds: int) -> str | None:
