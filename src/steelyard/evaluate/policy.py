@@ -36,7 +36,7 @@ class PolicyEvaluationConfig(Config):
     strata: int = Field(3, ge=1, description="groups of prompts by difficulty (the SFT model's mean proxy reward)")
     samples: int = Field(8, ge=0, description="prompts whose answers are kept for the report")
     precision: Precision = Field("float32", description="arithmetic of the trunks")
-    max_tokens: int = Field(8192, ge=16, description="padded tokens computed at once (memory, not results)")
+    max_tokens: int = Field(8192, ge=16, description="tokens computed at once (memory, not results)")
     seed: int = Field(1234, ge=0, description="of the sampling")
 
 
