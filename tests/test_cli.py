@@ -41,6 +41,7 @@ HELP = {
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
     "study data": ["--out", "--resume", "--set"],
+    "study policy": ["STUDY.yaml", "--set", "--out", "--resume", "cells", "arms", "repairs", "at_kl", "recommended"],
     "study rounds": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "arms"],
     "study strength": ["STUDY.yaml", "--set", "--out", "--resume", "backends", "sizes", "reference"],
     "report": ["--out"],
