@@ -250,7 +250,10 @@ def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, ou
     for arm in sorted(arms):
         reward = str(out / "rm" / arm / "model")
         config = baseline_config(recipe, policy, model=model, prompts=files.prompts, reward_model=reward)
-        scored[arm] = str(sample_baselines(config, out / "baselines"))
+        # Small models gain nothing from more threads, and beside another busy process lose a factor of twenty.
+        job = (config, out / "baselines")
+        (path,) = run_jobs(sample_baselines, [job], workers=1, threads=recipe.threads, labels=[f"baselines, {arm}"])
+        scored[arm] = str(path)
     return scored
 
 
