@@ -22,7 +22,7 @@ from steelyard.evaluate.reward import bootstrap_mean
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
-from steelyard.sampling import SamplingConfig, sample
+from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.scorer import Scorer
 from steelyard.types import Prompt
 
@@ -64,18 +64,7 @@ def answer(
     policy = PolicyModel.load(policy_folder, precision=config.precision)
     reference = PolicyModel.load(reference_folder, precision=config.precision)
     reward = RewardModel.load(reward_folder, precision=config.precision)
-    ids = [encoder.prompt_ids(p) for p in prompts]
-    drawn = sample(
-        policy,
-        ids,
-        [prompt_key(p) for p in prompts],
-        k=config.k,
-        config=config.sampling,
-        end_id=encoder.end_id,
-        pad_id=encoder.pad_id,
-        seed=config.seed,
-    )
-    trees = [Tree(p, tuple(s.tokens for s in group)) for p, group in zip(ids, drawn, strict=True)]
+    trees, drawn = draw_answers(policy, prompts, encoder, config)
     mean, std = reward.normal
     proxy = (reward.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens) - mean) / std
     texts = [[encoder.decode(s.tokens) for s in group] for group in drawn]
@@ -90,6 +79,25 @@ def answer(
         np.array([[len(s.tokens) for s in group] for group in drawn], dtype=float),
         np.array([[s.ended for s in group] for group in drawn], dtype=float),
     )
+
+
+def draw_answers(
+    policy: PolicyModel, prompts: Sequence[Prompt], encoder: Encoder, config: PolicyEvaluationConfig
+) -> tuple[list[Tree], list[list[Sample]]]:
+    """k responses to each prompt, as trees and as samples; the streams follow from the prompt and the seed alone."""
+    ids = [encoder.prompt_ids(p) for p in prompts]
+    drawn = sample(
+        policy,
+        ids,
+        [prompt_key(p) for p in prompts],
+        k=config.k,
+        config=config.sampling,
+        end_id=encoder.end_id,
+        pad_id=encoder.pad_id,
+        seed=config.seed,
+    )
+    trees = [Tree(p, tuple(s.tokens for s in group)) for p, group in zip(ids, drawn, strict=True)]
+    return trees, drawn
 
 
 @torch.no_grad()

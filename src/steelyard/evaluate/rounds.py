@@ -19,12 +19,12 @@ from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import load_preferences, load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
-from steelyard.evaluate.policy import PolicyEvaluationConfig
+from steelyard.evaluate.policy import PolicyEvaluationConfig, draw_answers
 from steelyard.evaluate.reward import bootstrap_mean, wins
 from steelyard.evaluate.spread import true_choices
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
-from steelyard.sampling import Sample, sample
+from steelyard.sampling import Sample
 from steelyard.scorer import Scorer
 from steelyard.types import Prompt
 
@@ -100,18 +100,7 @@ def _answer(
 ) -> tuple[list[Tree], list[list[Sample]], Float[np.ndarray, "N K"], float]:
     """(trees, samples, KL of each response, perplexity of all of them under the SFT model)."""
     policy = PolicyModel.load(policy_folder, precision=config.precision)
-    ids = [encoder.prompt_ids(p) for p in prompts]
-    drawn = sample(
-        policy,
-        ids,
-        [prompt_key(p) for p in prompts],
-        k=config.k,
-        config=config.sampling,
-        end_id=encoder.end_id,
-        pad_id=encoder.pad_id,
-        seed=config.seed,
-    )
-    trees = [Tree(p, tuple(s.tokens for s in group)) for p, group in zip(ids, drawn, strict=True)]
+    trees, drawn = draw_answers(policy, prompts, encoder, config)
     ours_NK = _loglikelihood(policy, trees, encoder.pad_id, config.max_tokens)
     sft = PolicyModel.load(sft_folder, precision=config.precision)
     theirs_NK = _loglikelihood(sft, trees, encoder.pad_id, config.max_tokens)
