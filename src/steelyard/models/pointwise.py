@@ -2,6 +2,7 @@
 
 Between its matrix products a layer does little arithmetic but reads and writes its states many times. Written out, a
 gradient needs fewer passes over memory than one assembled operation by operation, and keeps less for the way back.
+Without gradients the same arithmetic runs directly: a small model's sampling would spend its time in autograd's calls.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ def rms_norm(
     x_TD: Float[Tensor, "T D"], weight_D: Float[Tensor, "D"], eps: float, dtype: torch.dtype
 ) -> Float[Tensor, "T D"]:
     """x / sqrt(mean(x^2) + eps) * weight, computed in float32, given in `dtype` (arXiv 1910.07467)."""
+    if not torch.is_grad_enabled():
+        return _normed(x_TD, weight_D, eps)[0].to(dtype)
     y: Tensor = _RMSNorm.apply(x_TD, weight_D, eps, dtype)
     return y
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps)
+    return (x * inverse).mul_(weight), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps)
+        y, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(dtype)
+        return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,6 +54,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate: Float[Tensor, "T F"], up: Float[Tensor, "T F"]) -> Float[Tensor, "T F"]:
     """silu(gate) * up (arXiv 2002.05202)."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
     y: Tensor = _SwiGLU.apply(gate, up)
     return y
 
@@ -68,7 +78,10 @@ def rotate(
 ) -> Float[Tensor, "T H d"]:
     """Rotary positions, halves paired as in Llama (arXiv 2104.09864); computed in float32."""
     half = x_THd.shape[-1] // 2
-    y: Tensor = _Rotate.apply(x_THd, cos_Td[:, None, :half], sin_Td[:, None, :half])
+    cos, sin = cos_Td[:, None, :half], sin_Td[:, None, :half]
+    if not torch.is_grad_enabled():
+        return _turn(x_THd, cos, sin)
+    y: Tensor = _Rotate.apply(x_THd, cos, sin)
     return y
 
 

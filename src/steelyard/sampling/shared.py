@@ -63,6 +63,9 @@ class SharedReader:
         self.norm = _norm(self.trunk.norm, self.dtype)
         self.head = _weights(policy.hf.get_output_embeddings(), self.dtype)
         self.device = self.head[0].device
+        # Other kinds of rotation depend on the longest text at hand, so their tables cannot be made beforehand.
+        kind = self.trunk.rotary_emb.rope_type
+        self.static = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
 
     def start(self, prompts: Sequence[tuple[int, ...]], *, k: int, room: int) -> Float[Tensor, "R V"]:
         """See `loop.Reader`."""
@@ -75,6 +78,7 @@ class SharedReader:
         self.written = 0
         self.slot_R = torch.arange(rows, device=self.device)
         self.position_R = self.lengths_p.repeat_interleave(k)
+        self.tables = self._rotary(torch.arange(width + room, device=self.device)) if self.static else None
         last = [self._read_prompts(prompts[a:b], a) for a, b in _chunks([len(p) for p in prompts])]
         self._hide_padding()
         return self._logits(torch.cat(last)).repeat_interleave(k, 0)
@@ -157,7 +161,7 @@ class SharedReader:
     def _run(self, x_ND: Tensor, position_N: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
         """The layers; `attend` is given a layer's number, queries (N, H, d), keys and values (N, G, d)."""
         x = x_ND.float()
-        cos, sin = (table[0] for table in self.trunk.rotary_emb(x[None], position_N[None]))
+        cos, sin = self._rotary(position_N) if self.tables is None else (t[position_N] for t in self.tables)
         for number, layer in enumerate(self.layers):
             h = rms_norm(x, *layer.norm)
             q, k, v = (F.linear(h, *w).view(len(x), -1, layer.head_dim) for w in (layer.q, layer.k, layer.v))
@@ -169,6 +173,12 @@ class SharedReader:
             h = rms_norm(x, *layer.mlp_norm)
             x = x + F.linear(swiglu(F.linear(h, *layer.gate), F.linear(h, *layer.up)), *layer.down)
         return x
+
+    def _rotary(self, position_N: Int[Tensor, "N"]) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
+        """Cosines and sines of these positions."""
+        as_float32 = torch.empty(0, device=self.device)
+        cos, sin = self.trunk.rotary_emb(as_float32, position_N[None])
+        return cos[0], sin[0]
 
     def _logits(self, x_RD: Tensor) -> Float[Tensor, "R V"]:
         return F.linear(rms_norm(x_RD, *self.norm), *self.head).float()
