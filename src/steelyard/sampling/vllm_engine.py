@@ -28,7 +28,7 @@ _COLDEST = 0.01
 
 
 class VllmSampler:
-    """Implements `backends.Sampler`. The engine starts with the first call and reloads weights that have changed."""
+    """Implements `backends.Sampler`. The engine starts with the first call; later calls reload its weights."""
 
     def __init__(self, policy: PolicyModel, *, gpu_memory: float) -> None:
         """Raises InputError if vLLM is not installed."""
@@ -46,7 +46,6 @@ class VllmSampler:
         self.folder = tempfile.mkdtemp(prefix="steelyard-vllm-")
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.engine: Any = None
-        self.loaded: tuple[tuple[int, int], ...] = ()
 
     def sample(
         self,
@@ -92,10 +91,8 @@ class VllmSampler:
 
     def _load(self) -> None:
         """Start the engine, or give it the weights as they are now."""
-        # An in-place change, such as an optimiser's step, raises a tensor's version.
-        now = tuple((id(p), p._version) for p in self.hf.parameters())
-        if now == self.loaded:
-            return
+        # At every call: whether a weight has changed cannot be told without reading it. A tensor's version number does
+        # not rise with a step of the fused AdamW.
         with quiet_loading():
             self.hf.save_pretrained(self.folder, state_dict=merged_state(self.hf) if has_adapters(self.hf) else None)
         if self.engine is None:
@@ -111,7 +108,6 @@ class VllmSampler:
             self.engine.collective_rpc("reload_weights")
             # What is cached of prompts was computed with the weights before.
             self.engine.reset_prefix_cache()
-        self.loaded = now
 
 
 def _response(output: Any, end_id: int, config: SamplingConfig) -> Sample:
