@@ -12,7 +12,7 @@ import torch
 import tiny
 from conftest import Folders
 from steelyard.data.encode import Encoder, Tree
-from steelyard.evaluate.policy import Answers, PolicyEvaluationConfig, answer, compare, divergence
+from steelyard.evaluate.policy import Answers, PolicyEvaluationConfig, answer, compare, difficulty, divergence
 from steelyard.evaluate.reward import (
     bootstrap_mean,
     examine,
@@ -119,7 +119,7 @@ class TestCompare:
             "sft": answers([[0, 0], [0, 0], [0, 0]], proxy=[[5, 7], [1, 1], [3, 3]]),
             "ppo": answers([[1, 0.05], [-1, 1], [-0.05, 1]], proxy=[[1, 1], [2, 2], [4, 4]]),
         }
-        return compare(arms, self.prompts, self.config, first="sft")
+        return compare(arms, self.prompts, self.config, np.array([6.0, 1.0, 3.0]))
 
     def test_wins_ties_and_losses(self) -> None:
         (row,) = self.tables()["wins"]
@@ -128,13 +128,29 @@ class TestCompare:
         assert row["score"] == pytest.approx(4 / 6)
         assert row["low"] <= row["score"] <= row["high"]
 
-    def test_strata_go_from_hard_to_easy_by_the_first_models_proxy(self) -> None:
+    def test_strata_go_from_hard_to_easy_whatever_the_reported_answers_earned(self) -> None:
         rows = [r for r in self.tables()["difficulty"] if r["arm"] == "ppo"]
         assert [(r["stratum"], r["low"], r["high"], r["gold"], r["proxy"], r["n"]) for r in rows] == [
             ("1 of 3", 1.0, 1.0, 0.0, 2.0, 1),
             ("2 of 3", 3.0, 3.0, pytest.approx(0.475), 4.0, 1),
             ("3 of 3", 6.0, 6.0, pytest.approx(0.525), 1.0, 1),
         ]
+
+    def test_strata_have_intervals_over_prompts(self) -> None:
+        """Two strata of 20 prompts. In the first half of a stratum earns 0, half 1: a bootstrap mean has a std of
+        sqrt(0.25 / 20) = 0.112, so the interval is about 0.5 -+ 0.22; in the second all earn 2."""
+        gold = [[0.0, 0.0]] * 10 + [[1.0, 1.0]] * 10 + [[2.0, 2.0]] * 20
+        config = PolicyEvaluationConfig(k=2, strata=2)
+        prompts = [f"prompt {n}" for n in range(40)]
+        hard, easy = compare({"sft": answers(gold)}, prompts, config, np.arange(40.0))["difficulty"]
+        assert (hard["gold"], hard["low"], hard["high"], hard["n"]) == (0.5, 0.0, 19.0, 20)
+        assert (hard["gold_low"], hard["gold_high"]) == pytest.approx((0.28, 0.72), abs=0.04)
+        assert (hard["proxy_low"], hard["proxy_high"]) == (hard["gold_low"], hard["gold_high"])
+        assert (easy["gold"], easy["gold_low"], easy["gold_high"]) == (2.0, 2.0, 2.0)
+
+    def test_fewer_prompts_than_strata_leave_the_rest_out(self) -> None:
+        rows = compare({"sft": answers([[1, 2]])}, ["a"], self.config, np.zeros(1))["difficulty"]
+        assert [(r["stratum"], r["n"]) for r in rows] == [("1 of 3", 1)]
 
     def test_rows_and_samples(self) -> None:
         tables = self.tables()
@@ -147,7 +163,7 @@ class TestCompare:
 
     def test_without_a_gold_scorer_nobody_wins(self) -> None:
         arms = {"sft": answers(None, [[0, 1]] * 3), "ppo": answers(None, [[1, 1]] * 3)}
-        tables = compare(arms, self.prompts, self.config, first="sft")
+        tables = compare(arms, self.prompts, self.config, np.zeros(3))
         assert tables["wins"] == []
         assert {r["gold"] for r in tables["arms"] + tables["difficulty"]} == {None}
 
@@ -191,3 +207,15 @@ def test_policies_answer_the_same_prompts_with_the_same_numbers(language_model: 
     plain = answer(sft, sft, rm, prompts, encoder, None, config)
     assert plain.gold_NK is None
     np.testing.assert_array_equal(plain.proxy_NK, first.proxy_NK)
+
+
+def test_difficulty_is_read_off_answers_of_their_own(language_model: Folders, planted_reward: Path) -> None:
+    sft, rm = language_model("llama"), str(planted_reward / "model")
+    encoder = Encoder.load(sft)
+    config = PolicyEvaluationConfig(k=3, sampling=SamplingConfig(max_new_tokens=6))
+    prompts = ["w1 w2", "w3", "w4 w5 w6"]
+    found = difficulty(sft, rm, prompts, encoder, config)
+    reported = answer(sft, sft, rm, prompts, encoder, None, config)
+    other = answer(sft, sft, rm, prompts, encoder, None, config.model_copy(update={"seed": 1235}))
+    assert np.abs(found - reported.proxy_NK.mean(1)).max() > 1e-3
+    np.testing.assert_allclose(found, other.proxy_NK.mean(1))

@@ -270,7 +270,10 @@ def _write_policy(run: Path, rng: Any, text: str) -> None:
         for i, stratum in enumerate(("hard", "middle", "easy")):
             bounds = {"low": -3.0 + 2 * i, "high": -1.0 + 2 * i}
             value = {"gold": gold - 1 + 0.8 * i + (0.3 if arm == "contrastive" and i == 0 else 0), "proxy": 2.1 * j + i}
-            difficulty.append({"arm": arm, "stratum": stratum, "n": 100} | bounds | value)
+            ends = {
+                f"{name}_{end}": x + 0.2 * way for name, x in value.items() for end, way in (("low", -1), ("high", 1))
+            }
+            difficulty.append({"arm": arm, "stratum": stratum, "n": 100} | bounds | value | ends)
     wins = [
         {"a": "contrastive", "b": "plain", "judge": "gold", "win": 0.47, "tie": 0.14, "lose": 0.39}
         | {"score": 0.54, "low": 0.493, "high": 0.587, "n": 400},

@@ -26,7 +26,7 @@ from steelyard.evaluate.answers import FOLDER, write_answers
 from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, health_table
 from steelyard.evaluate.features import FeatureConfig, examine_features
 from steelyard.evaluate.judge import JudgedFilesConfig, judge
-from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
+from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty
 from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
 from steelyard.measure import StrengthConfig, measure, read_scores
 from steelyard.parallel import default_workers, run_jobs
@@ -272,7 +272,8 @@ def evaluate_policy(args: Args) -> None:
         for name, folder in folders.items()
     }
     write_answers(target.parent / FOLDER, answers, prompts)
-    _write(target, compare(answers, prompts, config, first="SFT"))
+    hard_N = difficulty(config.sft, config.reward_model, prompts, encoder, config)
+    _write(target, compare(answers, prompts, config, hard_N))
     _show(tables(extra.out))
 
 

@@ -18,7 +18,7 @@ from steelyard.errors import InputError
 from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
 from steelyard.evaluate.examination import examine_sets, open_model, reward_file
 from steelyard.evaluate.judge import judge
-from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare
+from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty
 from steelyard.measure import Scoring, measure
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import (
@@ -332,8 +332,9 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
         jobs.append((trained, model, reward, prompts, encoder_length, files.gold, config))
     workers = min(len(jobs), recipe.workers or default_workers())
     results = run_jobs(_answer, jobs, workers=workers, threads=recipe.threads)
+    (hard_N,) = run_jobs(difficulty, [(model, first, prompts, encoder, config)], workers=1, threads=recipe.threads)
     answers = dict(zip(["SFT", *policy.arms], results, strict=True))
-    found = compare(answers, prompts, config, first="SFT") | {"frontier": _frontier(policy, out)}
+    found = compare(answers, prompts, config, hard_N) | {"frontier": _frontier(policy, out)}
     write_answers(target.parent / FOLDER, answers, prompts)
     write_json_atomic(target, found)
 

@@ -33,11 +33,11 @@ class PolicyEvaluationConfig(Config):
     k: int = Field(2, ge=1, description="responses per prompt")
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="how responses are drawn")
     tie: float = Field(1e-6, ge=0, description="gold rewards closer than this tie")
-    strata: int = Field(3, ge=1, description="groups of prompts by difficulty (the SFT model's mean proxy reward)")
+    strata: int = Field(3, ge=1, description="groups of prompts by difficulty (proxy reward of other SFT answers)")
     samples: int = Field(8, ge=0, description="prompts whose answers are kept for the report")
     precision: Precision = Field("float32", description="arithmetic of the trunks")
     max_tokens: int = Field(8192, ge=16, description="tokens computed at once (memory, not results)")
-    seed: int = Field(1234, ge=0, description="of the sampling")
+    seed: int = Field(1234, ge=0, description="of the sampling; difficulty draws with the next one")
 
 
 class Answers(NamedTuple):
@@ -63,10 +63,7 @@ def answer(
     """Sample from a policy and score: gold, proxy (the reward model's normalised score), KL to the reference (nats)."""
     policy = PolicyModel.load(policy_folder, precision=config.precision)
     reference = PolicyModel.load(reference_folder, precision=config.precision)
-    reward = RewardModel.load(reward_folder, precision=config.precision)
     trees, drawn = draw_answers(policy, prompts, encoder, config)
-    mean, std = reward.normal
-    proxy = (reward.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens) - mean) / std
     texts = [[encoder.decode(s.tokens) for s in group] for group in drawn]
     scored = None
     if gold is not None:
@@ -74,11 +71,39 @@ def answer(
     return Answers(
         texts,
         scored,
-        proxy,
+        _proxy(reward_folder, trees, encoder, config),
         divergence(policy, reference, trees, encoder.pad_id, config.max_tokens),
         np.array([[len(s.tokens) for s in group] for group in drawn], dtype=float),
         np.array([[s.ended for s in group] for group in drawn], dtype=float),
     )
+
+
+def difficulty(
+    policy_folder: str,
+    reward_folder: str,
+    prompts: Sequence[Prompt],
+    encoder: Encoder,
+    config: PolicyEvaluationConfig,
+) -> Float[np.ndarray, "N"]:
+    """How well the SFT model does at each prompt: the mean proxy reward of k responses that nothing else reports.
+
+    They are drawn with seed + 1. Were prompts sorted by the very answers that are reported, the poorest stratum would
+    hold those that were unlucky, and every other policy would seem to gain most there.
+    """
+    policy = PolicyModel.load(policy_folder, precision=config.precision)
+    again = config.model_copy(update={"seed": config.seed + 1})
+    trees, _ = draw_answers(policy, prompts, encoder, again)
+    found: Float[np.ndarray, "N"] = _proxy(reward_folder, trees, encoder, config).mean(1)
+    return found
+
+
+def _proxy(
+    folder: str, trees: Sequence[Tree], encoder: Encoder, config: PolicyEvaluationConfig
+) -> Float[np.ndarray, "N K"]:
+    """The reward model's normalised scores."""
+    reward = RewardModel.load(folder, precision=config.precision)
+    mean, std = reward.normal
+    return (reward.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens) - mean) / std
 
 
 def draw_answers(
@@ -113,13 +138,16 @@ def divergence(
 
 
 def compare(
-    answers: Mapping[str, Answers], prompts: Sequence[Prompt], config: PolicyEvaluationConfig, *, first: str
+    answers: Mapping[str, Answers],
+    prompts: Sequence[Prompt],
+    config: PolicyEvaluationConfig,
+    difficulty_N: Float[np.ndarray, "N"],
 ) -> dict[str, Any]:
     """The report's tables: one row per policy, win / tie / lose of every pair by gold, strata, samples.
 
-    `first` is the SFT model's name; its mean proxy reward says how difficult a prompt is.
+    `difficulty_N` says how well the SFT model does at a prompt, from answers that are not among these (`difficulty`).
     """
-    keys = [prompt_key(p) for p in prompts for _ in range(config.k)]
+    keys = [prompt_key(p) for p in prompts]
     return {
         "arms": [_row(name, a, keys) for name, a in answers.items()],
         "wins": [
@@ -127,7 +155,7 @@ def compare(
             for b, a in combinations(answers, 2)
             if answers[a].gold_NK is not None
         ],
-        "difficulty": _strata(answers, answers[first].proxy_NK.mean(1), config.strata),
+        "difficulty": _strata(answers, keys, difficulty_N, config.strata),
         "samples": [
             {
                 "prompt": p if isinstance(p, str) else "\n\n".join(f"{t.role}: {t.content}" for t in p),
@@ -146,22 +174,23 @@ def compare(
 
 
 def _row(name: str, a: Answers, keys: Sequence[str]) -> dict[str, Any]:
-    proxy, proxy_low, proxy_high = bootstrap_mean(a.proxy_NK.reshape(-1), clusters=keys)
-    gold: tuple[float | None, ...] = (None, None, None)
-    if a.gold_NK is not None:
-        gold = bootstrap_mean(a.gold_NK.reshape(-1), clusters=keys)
     return {
         "arm": name,
-        "gold": gold[0],
-        "gold_low": gold[1],
-        "gold_high": gold[2],
-        "proxy": proxy,
-        "proxy_low": proxy_low,
-        "proxy_high": proxy_high,
+        **_interval("gold", a.gold_NK, keys),
+        **_interval("proxy", a.proxy_NK, keys),
         "kl": float(a.kl_NK.mean()),
         "length": float(a.length_NK.mean()),
         "ended": float(a.ended_NK.mean()),
     }
+
+
+def _interval(name: str, values_NK: Float[np.ndarray, "N K"] | None, keys: Sequence[str]) -> dict[str, float | None]:
+    """A mean over responses with its interval over prompts; Nones where there are no values."""
+    names = (name, f"{name}_low", f"{name}_high")
+    if values_NK is None:
+        return dict.fromkeys(names)
+    clusters = [key for key in keys for _ in range(values_NK.shape[1])]
+    return dict(zip(names, bootstrap_mean(values_NK.reshape(-1), clusters=clusters), strict=True))
 
 
 def _win(a: str, b: str, gold_a: Any, gold_b: Any, tie: float) -> dict[str, Any]:
@@ -193,19 +222,17 @@ def win_row(a: str, b: str, judge: str, points_n: Float[np.ndarray, "n"], keys: 
     }
 
 
-def _strata(answers: Mapping[str, Answers], difficulty_N: Float[np.ndarray, "N"], strata: int) -> list[dict[str, Any]]:
+def _strata(
+    answers: Mapping[str, Answers], keys: Sequence[str], difficulty_N: Float[np.ndarray, "N"], strata: int
+) -> list[dict[str, Any]]:
     rows = []
     for s, members in enumerate(np.array_split(np.argsort(difficulty_N, kind="stable"), strata)):
+        if not len(members):
+            continue
+        low, high = float(difficulty_N[members].min()), float(difficulty_N[members].max())
+        held = [keys[n] for n in members]
         for name, a in answers.items():
-            rows.append(
-                {
-                    "arm": name,
-                    "stratum": f"{s + 1} of {strata}",
-                    "low": float(difficulty_N[members].min()),
-                    "high": float(difficulty_N[members].max()),
-                    "gold": None if a.gold_NK is None else float(a.gold_NK[members].mean()),
-                    "proxy": float(a.proxy_NK[members].mean()),
-                    "n": len(members),
-                }
-            )
+            row = {"arm": name, "stratum": f"{s + 1} of {strata}", "low": low, "high": high, "n": len(members)}
+            row |= _interval("gold", None if a.gold_NK is None else a.gold_NK[members], held)
+            rows.append(row | _interval("proxy", a.proxy_NK[members], held))
     return rows

@@ -25,7 +25,7 @@ from steelyard.report.blocks import (
 from steelyard.report.model_sections import Styles, curves, stage_samples
 from steelyard.report.plots import Series
 from steelyard.report.read import Run
-from steelyard.report.records import PolicyFile, Win
+from steelyard.report.records import DifficultyPoint, PolicyFile, Win
 
 _SAMPLES = 12
 
@@ -229,18 +229,26 @@ def _difficulty(policy: PolicyFile, styles: Styles) -> list[Block]:
             held = [d for d in policy.difficulty if d.arm == arm and getattr(d, key) is not None]
             if held:
                 y = [strata.index(str(d.stratum)) for d in held]
-                series.append(Series([getattr(d, key) for d in held], y, style))
+                series.append(Series([getattr(d, key) for d in held], y, style, *_ends(held, key)))
         if series:
             labels = [_stratum(policy, s) for s in strata]
             panels.append(Panel(title, plots.dots(f"difficulty-{key}", labels, series, "reward", spread=True)))
     if not panels:
         return []
     reading = (
-        "Mean reward on prompts grouped by the reward of baseline responses, hardest first. "
-        "Contrastive rewards are meant to help most where the baseline is poor."
+        "Mean reward on prompts grouped by the reward of other answers of the SFT model, hardest first (in brackets: "
+        "from … to); 95 % intervals over prompts. Contrastive rewards are meant to help most where it is poor."
     )
     keys = arm_keys(styles, [d.arm for d in policy.difficulty])
     return [Figure("By difficulty of the prompt", reading, panels, keys)]
+
+
+def _ends(held: list[DifficultyPoint], key: str) -> tuple[list[float], list[float]] | tuple[None, None]:
+    """The ends of the intervals; none where one is missing."""
+    ends = [(getattr(d, f"{key}_low"), getattr(d, f"{key}_high")) for d in held]
+    if any(None in pair for pair in ends):
+        return None, None
+    return [low for low, _ in ends], [high for _, high in ends]
 
 
 def _stratum(policy: PolicyFile, name: str) -> str:

@@ -150,14 +150,18 @@ class FrontierPoint(Record):
 
 
 class DifficultyPoint(Record):
-    """One policy on prompts of one difficulty; `low` and `high` bound the stratum's baseline reward."""
+    """One policy on prompts of one difficulty; `low` and `high` bound what the SFT model earns there."""
 
     arm: str
     stratum: str | int
     low: float | None = None
     high: float | None = None
     gold: float | None = None
+    gold_low: float | None = None
+    gold_high: float | None = None
     proxy: float | None = None
+    proxy_low: float | None = None
+    proxy_high: float | None = None
     n: int
 
 
