@@ -303,7 +303,7 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ),
         (
             "evaluate policy --sft lm --policies a lm --reward-model rm --prompts long.jsonl --out new --max-length 64",
-            ["long.jsonl: 0 of 1 prompts", "raise max_length"],
+            ["long.jsonl: 0 of 1 different prompts", "raise max_length"],
         ),
         ("report", ["name the run folder"]),
         ("report none", ["none: a report needs the folder of a run"]),

@@ -12,7 +12,16 @@ import torch
 import tiny
 from conftest import Folders
 from steelyard.data.encode import Encoder, Tree
-from steelyard.evaluate.policy import Answers, PolicyEvaluationConfig, answer, compare, difficulty, divergence
+from steelyard.errors import InputError
+from steelyard.evaluate.policy import (
+    Answers,
+    PolicyEvaluationConfig,
+    answer,
+    compare,
+    difficulty,
+    divergence,
+    prompts_that_fit,
+)
 from steelyard.evaluate.reward import (
     bootstrap_mean,
     examine,
@@ -128,6 +137,12 @@ class TestCompare:
         assert row["score"] == pytest.approx(4 / 6)
         assert row["low"] <= row["score"] <= row["high"]
 
+    def test_wins_are_drawn_anew_by_prompt_not_by_row(self) -> None:
+        """Four rows of two prompts, one always won and one always lost: two clusters reach from 0 to 1."""
+        arms = {"sft": answers([[0, 0]] * 4), "ppo": answers([[1, 1], [-1, -1]] * 2)}
+        (row,) = compare(arms, ["a", "b", "a", "b"], self.config, np.zeros(4))["wins"]
+        assert (row["score"], row["low"], row["high"], row["n"]) == (0.5, 0.0, 1.0, 8)
+
     def test_strata_go_from_hard_to_easy_whatever_the_reported_answers_earned(self) -> None:
         rows = [r for r in self.tables()["difficulty"] if r["arm"] == "ppo"]
         assert [(r["stratum"], r["low"], r["high"], r["gold"], r["proxy"], r["n"]) for r in rows] == [
@@ -207,6 +222,19 @@ def test_policies_answer_the_same_prompts_with_the_same_numbers(language_model: 
     plain = answer(sft, sft, rm, prompts, encoder, None, config)
     assert plain.gold_NK is None
     np.testing.assert_array_equal(plain.proxy_NK, first.proxy_NK)
+
+
+def test_a_repeated_prompt_is_examined_once(
+    language_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": p} for p in ("w1 w2", "w3", "w1 w2", "w1 w2 w3 w4 w5 w6 w7", "w3")]
+    file = tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    encoder = Encoder.load(language_model("llama"), max_length=12)
+    config = PolicyEvaluationConfig(sampling=SamplingConfig(max_new_tokens=6))
+    assert prompts_that_fit(file, encoder, config) == ["w1 w2", "w3"]
+    assert "2 of 3 different prompts leave room for 6 new tokens within max_length = 12" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"0 of 3 different prompts .* raise max_length"):
+        prompts_that_fit(file, Encoder.load(language_model("llama"), max_length=6), config)
 
 
 def test_difficulty_is_read_off_answers_of_their_own(language_model: Folders, planted_reward: Path) -> None:

@@ -26,7 +26,7 @@ from steelyard.evaluate.answers import FOLDER, write_answers
 from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, health_table
 from steelyard.evaluate.features import FeatureConfig, examine_features
 from steelyard.evaluate.judge import JudgedFilesConfig, judge
-from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty
+from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty, prompts_that_fit
 from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
 from steelyard.measure import StrengthConfig, measure, read_scores
 from steelyard.parallel import default_workers, run_jobs
@@ -38,7 +38,7 @@ from steelyard.scorer import load_scorer
 from steelyard.settings import checked, command_line, override, parse, read_yaml
 from steelyard.simulate.annotators import AnnotatorConfig, annotate
 from steelyard.simulate.write import WorldConfig, write_world
-from steelyard.stages import prompts_that_fit, truth_column
+from steelyard.stages import truth_column
 from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
 from steelyard.study.data import run_data_study
 from steelyard.study.data_config import DataStudy

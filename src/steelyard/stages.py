@@ -12,13 +12,13 @@ from steelyard.baselines import sample_baselines
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
-from steelyard.data.load import load_preferences, load_prompts
+from steelyard.data.load import load_preferences
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
 from steelyard.evaluate.examination import examine_sets, open_model, reward_file
 from steelyard.evaluate.judge import judge
-from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty
+from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty, prompts_that_fit
 from steelyard.measure import Scoring, measure
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import (
@@ -48,7 +48,7 @@ from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
-from steelyard.types import Preference, Prompt, Strength
+from steelyard.types import Preference, Strength
 
 GOLD = "steelyard.simulate.world:gold"
 
@@ -349,19 +349,6 @@ def judge_all(policy: PolicyConfig, out: Path) -> None:
 def _method(policy: PolicyConfig, arm: str) -> str:
     """How a policy arm is trained, which is also the name of the folder that holds its stage folder."""
     return "dpo" if arm in arms_by(policy, "dpo") else "ppo"
-
-
-def prompts_that_fit(path: str, encoder: Encoder, config: PolicyEvaluationConfig) -> list[Prompt]:
-    """The file's prompts that leave room for a response. Raises InputError if none does."""
-    prompts = [p.prompt for p in load_prompts(path).items]
-    room = encoder.max_length - config.sampling.max_new_tokens
-    fits = [p for p in prompts if len(encoder.prompt_ids(p)) <= room]
-    said = f"{path}: {len(fits)} of {len(prompts)} prompts leave room for {config.sampling.max_new_tokens} new tokens"
-    if not fits:
-        raise InputError(f"{said} within max_length = {encoder.max_length}; raise max_length")
-    if len(fits) < len(prompts):
-        print(f"{said} within max_length = {encoder.max_length}; the others are left out", flush=True)
-    return fits
 
 
 def _answer(

@@ -17,7 +17,9 @@ from pydantic import Field
 from steelyard.config import Config
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, Tree
+from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
+from steelyard.errors import InputError
 from steelyard.evaluate.reward import bootstrap_mean
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
@@ -49,6 +51,25 @@ class Answers(NamedTuple):
     kl_NK: Float[np.ndarray, "N K"]
     length_NK: Float[np.ndarray, "N K"]
     ended_NK: Float[np.ndarray, "N K"]
+
+
+def prompts_that_fit(path: str, encoder: Encoder, config: PolicyEvaluationConfig) -> list[Prompt]:
+    """The file's different prompts that leave room for a response; a repeated one would only repeat its answers.
+
+    Raises InputError if none does.
+    """
+    prompts = list({prompt_key(p.prompt): p.prompt for p in load_prompts(path).items}.values())
+    room = encoder.max_length - config.sampling.max_new_tokens
+    fits = [p for p in prompts if len(encoder.prompt_ids(p)) <= room]
+    said = (
+        f"{path}: {len(fits)} of {len(prompts)} different prompts leave room for {config.sampling.max_new_tokens} new "
+        f"tokens within max_length = {encoder.max_length}"
+    )
+    if not fits:
+        raise InputError(f"{said}; raise max_length")
+    if len(fits) < len(prompts):
+        print(f"{said}; the others are left out", flush=True)
+    return fits
 
 
 def answer(
@@ -151,7 +172,7 @@ def compare(
     return {
         "arms": [_row(name, a, keys) for name, a in answers.items()],
         "wins": [
-            _win(a, b, answers[a].gold_NK, answers[b].gold_NK, config.tie)
+            _win(a, b, answers[a].gold_NK, answers[b].gold_NK, config.tie, keys)
             for b, a in combinations(answers, 2)
             if answers[a].gold_NK is not None
         ],
@@ -193,11 +214,10 @@ def _interval(name: str, values_NK: Float[np.ndarray, "N K"] | None, keys: Seque
     return dict(zip(names, bootstrap_mean(values_NK.reshape(-1), clusters=clusters), strict=True))
 
 
-def _win(a: str, b: str, gold_a: Any, gold_b: Any, tie: float) -> dict[str, Any]:
+def _win(a: str, b: str, gold_a: Any, gold_b: Any, tie: float, keys: Sequence[str]) -> dict[str, Any]:
     difference = gold_a - gold_b
     points = np.where(np.abs(difference) <= tie, 0.5, (difference > 0).astype(float))
-    keys = [str(n) for n in range(len(points)) for _ in range(points.shape[1])]
-    return win_row(a, b, "gold", points.reshape(-1), keys)
+    return win_row(a, b, "gold", points.reshape(-1), [key for key in keys for _ in range(points.shape[1])])
 
 
 def win_row(a: str, b: str, judge: str, points_n: Float[np.ndarray, "n"], keys: Sequence[str]) -> dict[str, Any]:

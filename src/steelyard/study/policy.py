@@ -16,13 +16,14 @@ from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences
 from steelyard.denoise import repair
 from steelyard.errors import InputError
+from steelyard.evaluate.policy import prompts_that_fit
 from steelyard.measure import measure
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.ppo_settings import PPOConfig
 from steelyard.recipe import reward_config, sft_config, strength_config
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
-from steelyard.stages import Files, prepare, prompts_that_fit
+from steelyard.stages import Files, prepare
 from steelyard.study.folder import StudyFolder
 from steelyard.study.policy_config import (
     AS_LABELLED,
