@@ -24,6 +24,7 @@ from steelyard.errors import InputError
 from steelyard.models.lora import has_adapters, trained_state, without_adapters
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
+from steelyard.rewards import RunningScale
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.train import ppo
 from steelyard.train.optim import OptimConfig
@@ -46,6 +47,15 @@ def base(language_model: Folders, reward_model: Folders, planted: dict[str, str]
 def train(settings: dict[str, Any], out: Path, **options: Any) -> list[dict[str, Any]]:
     train_ppo(PPOConfig.model_validate(settings), out, quiet=True, **options)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def small_baselines(base: dict[str, Any], out: Path) -> str:
+    """Two scored baselines for each prompt."""
+    config = BaselineConfig(
+        policy=base["policy"], reward_model=base["reward_model"], prompts=base["prompts"], max_length=64,
+        sampling=SamplingConfig(max_new_tokens=5), k=2,
+    )  # fmt: skip
+    return str(sample_baselines(config, out))
 
 
 def weights(folder: str | Path) -> dict[str, Tensor]:
@@ -161,17 +171,25 @@ class TestKL:
         assert [line["ppo/kl_coef"] for line in logged] == pytest.approx(expected)
         assert len(set(expected)) > 2
 
+    @pytest.mark.parametrize(("scale_kl", "weight", "price"), [(False, 0.3, 0.15), (True, 0.6, 0.3)])
+    def test_a_negative_factor_never_pays_for_distance(
+        self, scale_kl: bool, weight: float, price: float, base: dict[str, Any], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """The signed ratio may be negative, here -2: a nat still costs 0.3, or with scale_kl 2 * 0.3."""
+        stored = small_baselines(base, tmp_path)
+        monkeypatch.setattr(RunningScale, "factor", -2.0)
+        scaled = {"reward": "contrastive", "baselines": stored, "scaling": "signed", "scale_kl": scale_kl}
+        _, line = train(base | scaled, tmp_path / "ppo")
+        assert line["ppo/kl"] > 1e-3
+        assert line["ppo/return"] == pytest.approx(line["ppo/reward_shaped"] - weight * line["ppo/kl"], rel=1e-4)
+        assert line["ppo/kl_price"] == pytest.approx(price)
+
     @pytest.mark.parametrize("scaling", ["abs", "std"])
     def test_scaling_the_penalty_keeps_the_trade_between_reward_and_kl(
         self, scaling: str, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        baselines = sample_baselines(
-            BaselineConfig(
-                policy=base["policy"], reward_model=base["reward_model"], prompts=base["prompts"], max_length=64,
-                sampling=SamplingConfig(max_new_tokens=5), k=2,
-            ),
-            tmp_path,
-        )  # fmt: skip
+        baselines = small_baselines(base, tmp_path)
         paid: list[tuple[Tensor, Tensor]] = []
         pay = ppo.pay
 
@@ -181,7 +199,7 @@ class TestKL:
             return found
 
         monkeypatch.setattr(ppo, "pay", watch)
-        contrastive = {"reward": "contrastive", "baselines": str(baselines), "scaling": scaling, "scale_warmup": 1}
+        contrastive = {"reward": "contrastive", "baselines": baselines, "scaling": scaling, "scale_warmup": 1}
         _, plain = train(base | contrastive, tmp_path / "reward alone")
         _, line = train(base | contrastive | {"scale_kl": True}, tmp_path / "both")
         torch.testing.assert_close(*paid[1], rtol=1e-4, atol=1e-4)

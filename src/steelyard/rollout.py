@@ -127,11 +127,12 @@ def pay(
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "B T"], Float[Tensor, "N"] | None]:
     """(shaped rewards, the same as token rewards with the KL penalty, the greedy responses' sums of theirs); B = N K.
 
-    The running scale learns from the sampled responses alone. With `scale_kl` its factor multiplies `kl_coef` too.
+    The running scale learns from the sampled responses alone. With `scale_kl` the size of its factor multiplies
+    `kl_coef` too: a negative one (`scaling: signed`) turns the reward around, but must not pay for distance.
     """
     paid_NK = shape_rewards(rollouts, baselines_NK, models, scale, config)
     if config.scale_kl:
-        kl_coef *= scale.factor
+        kl_coef *= abs(scale.factor)
     rewards_BT = _with_kl(rollouts, paid_NK, kl_coef)
     if greedy is None:
         return paid_NK, rewards_BT, None

@@ -209,7 +209,7 @@ def take_step(
     metrics |= {"ppo/kl_coef": kl_coef}
     if scale.factor:
         # What a nat costs in units of the reward before it was scaled: arms compare at equal prices.
-        metrics |= {"ppo/kl_price": kl_coef if config.scale_kl else kl_coef / scale.factor}
+        metrics |= {"ppo/kl_price": kl_coef if config.scale_kl else kl_coef / abs(scale.factor)}
     guard(metrics, step, config)
     metrics |= update(learner, rollouts, advantages_BT, returns_BT, step, config)
     metrics |= task.score(models.encoder, chosen, scene.drawn)
