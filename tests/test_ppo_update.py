@@ -24,7 +24,7 @@ from steelyard.errors import InputError
 from steelyard.models.lora import has_adapters, trained_state, without_adapters
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
-from steelyard.rewards import RunningScale
+from steelyard.running import RunningScale
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.train import ppo
 from steelyard.train.optim import OptimConfig

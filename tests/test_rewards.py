@@ -12,10 +12,7 @@ from torch.testing import assert_close
 
 from steelyard.rewards import (
     Aggregate,
-    KLController,
-    RunningScale,
-    RunningStd,
-    ScaleMode,
+    Transform,
     aggregate,
     clip,
     contrastive,
@@ -23,8 +20,12 @@ from steelyard.rewards import (
     missing_eos,
     par,
     percentile,
+    references,
+    relative,
+    shape,
     token_rewards,
 )
+from steelyard.running import KLController, RunningScale, RunningStd, ScaleMode
 
 
 def test_contrastive_by_hand() -> None:
@@ -146,6 +147,57 @@ def test_percentile_by_hand() -> None:
         percentile(baselines, 101)
     with pytest.raises(ValueError, match="baselines must be"):
         percentile(torch.ones(3), 50)
+
+
+# The whole way
+
+
+def test_the_whole_way_by_hand() -> None:
+    rewards, ended = torch.tensor([3.0, -1.0]), torch.tensor([True, False])
+    base = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+    # Against the means 2 and 1: 1 and -2. Doubled: 2 and -4. Clipped: 2 and -3. The second was cut off: -3.5.
+    rest = {"scale": 2.0, "limit": 3.0, "missing_eos_penalty": 0.5}
+    assert shape(rewards, base, ended, how="contrastive", **rest).tolist() == [2.0, -3.5]
+    # Plain: 6 and -2, clipped to 3.
+    assert shape(rewards, None, ended, how="plain", **rest).tolist() == [3.0, -2.5]
+    # Nothing but the transform is asked for.
+    assert shape(rewards, base, ended, how="contrastive").tolist() == [1.0, -2.0]
+
+
+def test_the_whole_way_of_par_and_lsc() -> None:
+    rewards, ended = torch.tensor([3.0, -1.0]), torch.tensor([True, False])
+    base = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+    sigmoid = [[1 / (1 + math.exp(b - r)) for b in row] for r, row in zip((3, -1), base.tolist(), strict=True)]
+    expected = [np.mean(sigmoid[0]), np.mean(sigmoid[1]) - 0.5]
+    assert shape(rewards, base, ended, how="par", missing_eos_penalty=0.5).tolist() == pytest.approx(expected)
+    # The medians are 2 and 1; of all four scores 1.5.
+    for pooled, levels in ((False, (2.0, 1.0)), (True, (1.5, 1.5))):
+        against = references(base, "lsc", lsc_percentile=50, pooled=pooled)
+        assert against.tolist() == [[levels[0]], [levels[1]]]
+        expected = [-math.log1p(math.exp(level - r)) for level, r in zip(levels, (3, -1), strict=True)]
+        assert shape(rewards, against, ended, how="lsc").tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("how", ["plain", "contrastive", "par", "lsc"])
+def test_no_response_is_paid_by_its_company(how: Transform) -> None:
+    rng = np.random.default_rng(5)
+    rewards, base = torch.from_numpy(rng.normal(size=20)), torch.from_numpy(rng.normal(size=(20, 3)))
+    ended = torch.from_numpy(rng.random(20) < 0.5)
+    against = None if how == "plain" else references(base, how)
+    rest = {"scale": 1.5, "limit": 0.8, "missing_eos_penalty": 0.3}
+    whole = shape(rewards, against, ended, how=how, **rest)
+    for part in (slice(0, 1), slice(1, 20)):
+        mine = shape(rewards[part], None if against is None else against[part], ended[part], how=how, **rest)
+        assert_close(mine, whole[part], rtol=0, atol=0)
+
+
+def test_references_go_with_relative_rewards_only() -> None:
+    with pytest.raises(ValueError, match="references go with"):
+        relative(torch.ones(2), torch.ones(2, 1), "plain")
+    with pytest.raises(ValueError, match="references go with"):
+        relative(torch.ones(2), None, "par")
+    with pytest.raises(ValueError, match="baselines must be"):
+        relative(torch.ones(2), torch.ones(3, 1), "lsc")
 
 
 # Ensembles

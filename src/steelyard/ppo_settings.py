@@ -11,7 +11,8 @@ from steelyard.config import Config
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
 from steelyard.models.trunk import Precision
-from steelyard.rewards import Aggregate, ScaleMode
+from steelyard.rewards import Aggregate, Transform
+from steelyard.running import ScaleMode
 from steelyard.sampling import SamplingConfig
 from steelyard.train.optim import OptimConfig
 
@@ -36,9 +37,7 @@ class PPOConfig(Config):
     aggregate: Aggregate = Field("mean", description="how the rewards of several reward models become one")
     uncertainty_weight: float = Field(0.5, ge=0, description="weight of their variance in uncertainty-weighted")
     prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
-    reward: Literal["plain", "contrastive", "par", "lsc"] = Field(
-        "contrastive", description="what the policy is paid for"
-    )
+    reward: Transform = Field("contrastive", description="what the policy is paid for")
     baselines: str | None = Field(None, description="scored baseline file of `steelyard sample`; not for plain rewards")
     k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
     scaling: ScaleMode | Literal["std"] = Field(

@@ -16,16 +16,8 @@ from steelyard.data.encode import Tree
 from steelyard.losses.policy import kl_k1
 from steelyard.models.next_token import Nucleus
 from steelyard.ppo_settings import PPOConfig
-from steelyard.rewards import (
-    RunningScale,
-    RunningStd,
-    clip,
-    contrastive,
-    lsc,
-    missing_eos,
-    par,
-    token_rewards,
-)
+from steelyard.rewards import relative, shape, token_rewards
+from steelyard.running import RunningScale, RunningStd
 from steelyard.sampling import Sample, SamplingConfig, sample
 
 
@@ -154,26 +146,23 @@ def shape_rewards(
     *,
     learn: bool = True,
 ) -> Float[Tensor, "N K"]:
-    """Raw scores to what PPO is paid: normalise, set against the baselines, scale, clip, missing end.
+    """Raw scores to what PPO is paid (`rewards.shape`), on the normalised scale.
 
     `learn` takes the rewards into the running scale first.
     """
     normal_NK = models.normal(rollouts.rewards_NK)
-    shaped = normal = normal_NK.flatten()
+    normal, against = normal_NK.flatten(), None
     if baselines_NK is not None:
-        baselines = models.normal(baselines_NK).repeat_interleave(normal_NK.shape[1], 0)
-        if config.reward == "lsc":
-            shaped = lsc(normal, baselines[:, 0])
-        else:
-            shaped = par(normal, baselines) if config.reward == "par" else contrastive(normal, baselines)
+        against = models.normal(baselines_NK).repeat_interleave(normal_NK.shape[1], 0)
     if learn and isinstance(scale, RunningStd):
-        scale.update(shaped)
+        scale.update(relative(normal, against, config.reward))
     elif learn and isinstance(scale, RunningScale) and config.reward == "contrastive":
-        scale.update(normal, shaped)
-    paid = (shaped * scale.factor).view_as(normal_NK)
-    if config.reward_clip is not None:
-        paid = clip(paid, config.reward_clip)
-    return missing_eos(paid, rollouts.ended_NK, penalty=config.missing_eos_penalty)
+        scale.update(normal, relative(normal, against, config.reward))
+    paid = shape(
+        normal, against, rollouts.ended_NK.flatten(), how=config.reward, scale=scale.factor, limit=config.reward_clip,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )  # fmt: skip
+    return paid.view_as(normal_NK)
 
 
 def estimate(

@@ -15,9 +15,9 @@ from torch import Tensor
 from steelyard.data.encode import Encoder
 from steelyard.losses.policy import masked_mean
 from steelyard.ppo_settings import PPOConfig
-from steelyard.rewards import RunningScale, RunningStd
 from steelyard.rollout import Rollouts
 from steelyard.run_dir import write_json_atomic
+from steelyard.running import RunningScale, RunningStd
 from steelyard.sampling import Sample
 from steelyard.types import Prompt
 

@@ -37,9 +37,10 @@ from steelyard.models.policy import PolicyModel
 from steelyard.ppo_settings import PPOConfig as PPOConfig
 from steelyard.ppo_settings import check as check
 from steelyard.progress import Progress
-from steelyard.rewards import KLController, RunningScale, RunningStd, ScaleMode, percentile
+from steelyard.rewards import references
 from steelyard.rollout import Rollouts, collect, estimate, pay
 from steelyard.run_dir import RunDir
+from steelyard.running import KLController, RunningScale, RunningStd, ScaleMode
 from steelyard.sampling import Sample
 from steelyard.scorer import load_scorer
 from steelyard.train.optim import batches, set_rate
@@ -357,9 +358,8 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N
     if missing:
         raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
     baselines_NK = torch.from_numpy(np.stack([stored[prompt_key(p)] for p in prompts]))
-    if config.reward == "lsc":
-        return percentile(baselines_NK, config.lsc_percentile, pooled=config.lsc_reference == "all")[:, None]
-    return baselines_NK
+    pooled = config.lsc_reference == "all"
+    return references(baselines_NK, config.reward, lsc_percentile=config.lsc_percentile, pooled=pooled)
 
 
 def _write_samples(
