@@ -209,6 +209,29 @@ def test_another_reference_is_the_one_that_counts(
     assert abs(first["other"]["dpo/loss"] - np.log(2)) > 0.01
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_take_it_in(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import steelyard.train.dpo as room
+
+    seen: list[PolicyModel] = []
+    whole = room.dpo_step
+
+    def spoilt(model: PolicyModel, *rest: Any) -> Any:
+        found = whole(model, *rest)
+        seen.append(model)
+        if len(seen) == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        return found
+
+    monkeypatch.setattr(room, "dpo_step", spoilt)
+    config = settings(planted, language_model("llama"), log_every=1)
+    with pytest.raises(FloatingPointError, match=r"step 2: the norm of the policy's gradient is nan.*optim\.lr"):
+        train_dpo(config, tmp_path / "out", quiet=True)
+    assert all(bool(p.isfinite().all()) for p in seen[0].parameters())
+    assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+
+
 def test_the_reference_is_computed_once_and_read_by_a_resumed_run(
     language_model: Folders, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,15 +98,6 @@ def guard(metrics: dict[str, float], step: int, config: PPOConfig) -> None:
         )
 
 
-def require_finite_gradient(norm: float, part: str, step: int) -> None:
-    """Raise FloatingPointError, naming the step, before an optimiser takes in a gradient that is not finite."""
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"step {step}: the norm of the {part}'s gradient is {norm}; the weights were left as they are. Lower "
-            f"{part}.lr, set reward_clip, or raise kl_coef, in a new run (resuming this one repeats the step)"
-        )
-
-
 @contextmanager
 def naming_the_batch(scene: Scene, folder: Path, encoder: Encoder) -> Iterator[None]:
     """A FloatingPointError from inside leaves the step's batch in `folder` and names its worst prompts."""

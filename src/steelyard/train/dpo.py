@@ -39,7 +39,7 @@ from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.scorer import Scorer, load_scorer
-from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.optim import OptimConfig, batches, require_finite_gradient, set_rate, total_steps
 from steelyard.types import Preference, Prompt
 
 _SHOWN = 4  # responses of each examination that samples.jsonl keeps
@@ -110,7 +110,7 @@ def train_dpo(
     """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
 
     `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
-    it must leave the policy as it is.
+    it must leave the policy as it is. Raises FloatingPointError, naming the step, for a gradient that is not finite.
     """
     run = RunDir.open(out, config, resume=resume)
     with run:
@@ -136,7 +136,8 @@ def train_dpo(
                 began = time.perf_counter()
                 set_rate(optimizer, config.optim.rate(step - 1, steps))
                 seen = dpo_step(model, data, chosen, encoder.pad_id, config)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+                require_finite_gradient(float(norm), step, of="policy", remedy="Lower optim.lr or beta")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 window.append(seen)

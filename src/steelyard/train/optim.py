@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -44,6 +45,18 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Write the learning rate into every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def require_finite_gradient(norm: float, step: int, *, of: str, remedy: str) -> None:
+    """Raise FloatingPointError, naming the step, before an optimiser takes in a gradient that is not finite.
+
+    `of` is whose gradient it is, `remedy` what to change.
+    """
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the norm of the {of}'s gradient is {norm}; the weights were left as they are. {remedy}, in "
+            "a new run (resuming this one repeats the step)"
+        )
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -43,9 +43,9 @@ from steelyard.run_dir import RunDir
 from steelyard.running import KLController, RunningScale, RunningStd, ScaleMode
 from steelyard.sampling import Sample
 from steelyard.scorer import load_scorer
-from steelyard.train.optim import batches, set_rate
+from steelyard.train.optim import batches, require_finite_gradient, set_rate
 from steelyard.types import Prompt
-from steelyard.watch import Scene, guard, naming_the_batch, require_finite, require_finite_gradient, rollout_metrics
+from steelyard.watch import Scene, guard, naming_the_batch, require_finite, rollout_metrics
 
 
 class Learner:
@@ -105,7 +105,8 @@ class Learner:
         norms = {}
         for name, (_, model, _) in self.parts.items():
             norms[name] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.settings[name].max_grad_norm))
-            require_finite_gradient(norms[name], name, step)
+            remedy = f"Lower {name}.lr, set reward_clip, or raise kl_coef"
+            require_finite_gradient(norms[name], step, of=name, remedy=remedy)
         for _, _, optimizer in self.parts.values():
             optimizer.step()
         self.forget()
