@@ -136,6 +136,19 @@ class TestSampledDistribution:
             assert found.kl_plain_NK[n, k].item() == pytest.approx(sums[1], abs=1e-3)
 
 
+def test_baselines_that_were_drawn_otherwise_are_named(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are drawn at temperature 1 with 5 tokens at most."""
+    stored = small_baselines(base, tmp_path)
+    settings = base | {"reward": "contrastive", "baselines": stored, "steps": 1}
+    train(settings | {"sampling": SamplingConfig(max_new_tokens=5, rows=3)}, tmp_path / "same")
+    assert capsys.readouterr().err == ""
+    train(settings | {"sampling": SamplingConfig(max_new_tokens=4, temperature=0.8)}, tmp_path / "other")
+    said = "temperature 1 for the baselines, 0.8 here; max_new_tokens 5 for the baselines, 4 here"
+    assert f"warning: {stored}: not drawn as PPO samples: {said}\n" in capsys.readouterr().err
+
+
 class TestStreams:
     def test_copies_of_a_prompt_have_streams_of_their_own(self) -> None:
         assert stream_keys(["a", "b", "a", "a", ".1/a"]) == ["/a", "/b", ".1/a", ".2/a", "/.1/a"]

@@ -30,6 +30,9 @@ from steelyard.models.trunk import Precision
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.types import Prompt
 
+# What of the sampling settings decides what a response may be.
+_DECIDES = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
+
 
 class BaselineConfig(Config):
     """Offline sampling of baseline responses."""
@@ -100,12 +103,12 @@ def read_baselines(
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: must be a baseline file of `steelyard sample` (Parquet): {error}") from None
-    settings = json.loads((table.schema.metadata or {}).get(b"steelyard", b"{}"))
+    settings = _settings(table.schema)
     if "policy" in settings and "reward_model" not in settings:
         raise InputError(f"{path}: these responses have no scores; run `steelyard sample` with a reward model")
     policies = [policy] if isinstance(policy, str) else list(policy)
     for role, folders in (("policy", policies), ("reward_model", [reward_model])):
-        if settings.get(role) not in map(fingerprint, folders):
+        if settings.get(role) not in [fingerprint(folder) for folder in folders]:
             raise InputError(
                 f"{path}: these baselines were {'sampled from' if role == 'policy' else 'scored by'} another model "
                 f"than {' or '.join(folders)}; run `steelyard sample` with this {role.replace('_', ' ')}"
@@ -117,6 +120,22 @@ def read_baselines(
     for key, reward in zip(table["key"].to_pylist(), table["reward"].to_pylist(), strict=True):
         rewards.setdefault(key, []).append(reward)
     return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
+
+
+def drawn_otherwise(path: str | Path, sampling: SamplingConfig) -> str:
+    """How the stored responses were drawn differently than `sampling` says, by setting; empty if not at all."""
+    stored = _settings(pq.read_schema(path)).get("sampling", {})
+    wanted = sampling.model_dump()
+    return "; ".join(
+        f"{name} {stored[name]:g} for the baselines, {wanted[name]:g} here"
+        for name in _DECIDES
+        if name in stored and stored[name] != wanted[name]
+    )
+
+
+def _settings(schema: pa.Schema) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((schema.metadata or {}).get(b"steelyard", b"{}"))
+    return settings
 
 
 def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Prompt]) -> pa.Table:

@@ -10,6 +10,7 @@ penalty, and the nucleus as it was at the time of sampling (`models.next_token`)
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from steelyard.actors import Models
 from steelyard.advantages import whiten
-from steelyard.baselines import read_baselines
+from steelyard.baselines import drawn_otherwise, read_baselines
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder
@@ -355,6 +356,9 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N
     # Responses of the reference, or of the policy as it starts: where it has moved before, both can be meant.
     policies = [p for p in (config.reference, config.policy) if p is not None]
     stored = read_baselines(config.baselines, k=config.k, policy=policies, reward_model=model)
+    if differs := drawn_otherwise(config.baselines, config.sampling):
+        # Allowed: baselines may be drawn as people will draw. But then the contrast at the start is not 0 on average.
+        print(f"warning: {config.baselines}: not drawn as PPO samples: {differs}", file=sys.stderr, flush=True)
     missing = sum(prompt_key(p) not in stored for p in prompts)
     if missing:
         raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
