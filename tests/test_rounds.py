@@ -19,6 +19,7 @@ from steelyard.baselines import BaselineConfig, fingerprint, sample_baselines
 from steelyard.data.collate import collate
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
+from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.evaluate.rounds import choose
 from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.models.policy import PolicyModel
@@ -324,6 +325,29 @@ class TestChoice:
         assert found["criterion"]["by"] == "judge"
         worth = np.array(read(tmp_path / "round-01" / "examine" / "round.json")["values"]["judge"]).mean(1)
         assert found["best"]["scores"][1] == pytest.approx(worth[::2].mean())
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "drawn"),
+    [
+        ({"k": 3}, SamplingConfig(max_new_tokens=5)),
+        ({"sampling": {"max_new_tokens": 4}}, SamplingConfig(max_new_tokens=4)),
+    ],
+)
+def test_the_examination_samples_as_ppo_does_unless_it_says_otherwise(
+    evaluate: dict[str, Any], drawn: SamplingConfig, settings: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[SamplingConfig] = []
+
+    def watch(*args: Any, **_: Any) -> Any:
+        seen.append(next(a for a in args if isinstance(a, PolicyEvaluationConfig)).sampling)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iterate, "examine_round", watch)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(RoundsConfig(**settings | {"evaluate": evaluate}), tmp_path / "out", quiet=True)
+    assert seen == [drawn]
 
 
 class TestRefusals:

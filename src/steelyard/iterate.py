@@ -80,7 +80,7 @@ class RoundsConfig(Config):
     )
     kl_price: float = Field(0.0, ge=0, description="taken from the criterion for each nat of KL")
     evaluate: PolicyEvaluationConfig = Field(
-        default_factory=PolicyEvaluationConfig, description="the examination: k, sampling, seed, samples"
+        default_factory=PolicyEvaluationConfig, description="the examination: k, seed, samples (sampling as in PPO)"
     )
     seed: int = Field(0, ge=0, description="every round's sampling and order follow from it and the round's number")
 
@@ -106,7 +106,7 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             return json.loads((out / RECORD).read_text())
         run.restore()
         length = _ppo(config, Round(1, "", ""), baselines="").max_length
-        prompts = held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), config.evaluate)
+        prompts = held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), _evaluation(config))
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
         for number in range(config.rounds + 1):
@@ -276,6 +276,13 @@ def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
     return _build(PPOConfig, "ppo", config.ppo, {}, **filled)
 
 
+def _evaluation(config: RoundsConfig) -> PolicyEvaluationConfig:
+    """The examination samples as PPO does where its own section does not say otherwise."""
+    if "sampling" in config.evaluate.given():
+        return config.evaluate
+    return config.evaluate.model_copy(update={"sampling": _ppo(config, Round(1, "", ""), baselines="").sampling})
+
+
 # ---- examination and choice ----------------------------------------------------------------------------------------
 
 
@@ -292,7 +299,7 @@ def _examine(config: RoundsConfig, now: Round, prompts: Sequence[Prompt], length
         rm = _reward(config, 1, model="", meta="")
         found = examine_round(
             now.policy, config.sft, rewards, prompts, load_scorer(config.gold) if config.gold else None,
-            config.validation, config.evaluate, max_length=length, on_overlong=rm.on_overlong,
+            config.validation, _evaluation(config), max_length=length, on_overlong=rm.on_overlong,
         )  # fmt: skip
         write_json_atomic(target, {"round": now.number} | found)
     return json.loads(target.read_text())
