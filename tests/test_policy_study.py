@@ -34,6 +34,7 @@ from steelyard.study.policy_curves import (
 )
 from steelyard.study.policy_jobs import Exam, load_arrays
 from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
+from steelyard.study.policy_runs import value_row
 
 OPTIM = {"lr": 3e-3}
 DRAWN = {"max_new_tokens": 6}
@@ -152,6 +153,22 @@ class TestCurves:
         row = correlation_interval([a[:200], a[200:400]], [b[:200], b[200:400]])
         assert row["low"] < row["value"] < row["high"]
         assert len(row["seeds"]) == 2
+
+    def test_the_seeds_deviations_are_stretched_for_their_small_number(self) -> None:
+        """Correlations 1 and -1 whatever prompts are drawn: two drawn seeds have mean 1, 0, 0 or -1, times sqrt(2)."""
+        a = np.arange(50.0)[:, None]
+        row = correlation_interval([a, a], [a, -a])
+        assert (row["value"], row["seeds"]) == (pytest.approx(0), pytest.approx([1, -1]))
+        assert (row["low"], row["high"]) == pytest.approx((-np.sqrt(2), np.sqrt(2)))
+
+    def test_one_number_of_one_seed_has_no_interval(self) -> None:
+        assert value_row([0.5]) == {"value": 0.5, "low": None, "high": None, "seeds": [0.5]}
+        # Two seeds, 0 and 2: the drawn means are 0, 1, 1, 2, stretched around 1.
+        row = value_row([0.0, 2.0])
+        assert (row["low"], row["high"]) == pytest.approx((1 - np.sqrt(2), 1 + np.sqrt(2)))
+        # One seed with responses has one over its prompts.
+        row = value_row([np.array([0.0, 1.0])], [0, 1])
+        assert (row["value"], row["low"], row["high"]) == (0.5, 0.0, 1.0)
 
     def test_errors_leave_nothing_of_a_line(self) -> None:
         truth = np.random.default_rng(5).normal(size=(7, 2))

@@ -111,16 +111,21 @@ def line(proxy_NK: Float[Array, "N K"], gold_NK: Float[Array, "N K"]) -> tuple[f
 def correlation_interval(
     firsts: Sequence[Array], seconds: Sequence[Array], *, draws: int = 300, seed: int = 0
 ) -> dict[str, object]:
-    """Mean over seeds of `correlation`, each seed's, and a 95 % interval: prompts and seeds are both drawn anew."""
-    values = [correlation(a, b) for a, b in zip(firsts, seconds, strict=True)]
-    rng, n = np.random.default_rng(seed), len(firsts[0])
+    """Mean over seeds of `correlation`, each seed's, and a 95 % interval: prompts and seeds are both drawn anew.
+
+    The seeds' deviations are stretched by sqrt(S / (S - 1)), as in `evaluate.seeds.mean_over_seeds`; with one seed the
+    interval is over prompts alone.
+    """
+    values_S = np.array([correlation(a, b) for a, b in zip(firsts, seconds, strict=True)])
+    rng, n, S = np.random.default_rng(seed), len(firsts[0]), len(firsts)
+    stretch_S = (np.sqrt(S / max(S - 1, 1)) - 1) * (values_S - values_S.mean())
     means = []
     for _ in range(draws):
         rows = rng.integers(n, size=n)
-        picked = rng.integers(len(firsts), size=len(firsts))
-        means.append(np.mean([correlation(firsts[s][rows], seconds[s][rows]) for s in picked]))
+        picked = rng.integers(S, size=S)
+        means.append(np.mean([correlation(firsts[s][rows], seconds[s][rows]) + stretch_S[s] for s in picked]))
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(np.mean(values)), "low": float(low), "high": float(high), "seeds": values}
+    return {"value": float(values_S.mean()), "low": float(low), "high": float(high), "seeds": values_S.tolist()}
 
 
 # ---- the flip-rate identity ------------------------------------------------------------------------------------

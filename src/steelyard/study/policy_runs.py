@@ -82,8 +82,13 @@ def named(cell: Cell) -> Row:
 
 
 def value_row(values_SX: Sequence[Array] | Sequence[float], clusters: Sequence[int] | None = None) -> Row:
-    """Mean over seeds with its interval over seeds and prompts; without clusters (one number a seed) over seeds."""
+    """Mean over seeds with its interval over seeds and prompts; without clusters (one number a seed) over seeds.
+
+    One number of one seed has no interval: its ends are None.
+    """
     stacked = np.array(values_SX, dtype=np.float64).reshape(len(values_SX), -1)
     groups = list(range(stacked.shape[1])) if clusters is None else clusters
     value, low, high = mean_over_seeds(stacked, clusters=groups)
+    if stacked.size == 1:
+        return {"value": value, "low": None, "high": None, "seeds": [value]}
     return {"value": value, "low": low, "high": high, "seeds": stacked.mean(1).tolist()}
