@@ -253,6 +253,8 @@ class TestGrid:
             ({"seeds": [1, 1]}, "seeds: must differ"),
             ({"at_kl": [0.0]}, "at_kl: must be above 0"),
             ({"evaluate": {"k": 1}}, "evaluate.k: must be at least 2"),
+            ({"evaluate": {"sampling": {"temperature": 0.8}}}, "leave out temperature = 0.8"),
+            ({"evaluate": {"sampling": {"top_p": 0.9, "min_new_tokens": 2}}}, "out top_p = 0.9, min_new_tokens = 2"),
             ({"repairs": {"none": {"recipe": "flip"}}}, "repairs.none"),
         ],
     )  # fmt: skip

@@ -311,6 +311,13 @@ def _check_stages(study: PolicyStudy) -> None:
     evaluation = evaluation_config(study)
     if evaluation.k < 2:
         raise InputError(f"evaluate.k: must be at least 2, to tell prompts from chance, got {evaluation.k}")
+    own = {"temperature": 1, "top_p": 1, "repetition_penalty": 1, "min_new_tokens": 0}
+    bent = {n: x for n, value in own.items() if (x := getattr(evaluation.sampling, n)) != value}
+    if bent:
+        raise InputError(
+            "evaluate.sampling: policies must answer as they are, for the KL is the mean log-ratio of these answers at "
+            f"temperature 1; leave out {', '.join(f'{n} = {x:g}' for n, x in bent.items())}"
+        )
     if any(cell.repair != AS_LABELLED for cell in study.grid()):
         config = strength_config(recipe, study.scoring, data="", model="")
         try:
