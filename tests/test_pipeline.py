@@ -352,6 +352,7 @@ def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
         "par": {"reward": "par"},
         "rloo": {"reward": "plain", "advantage": "rloo"},
         "scaled": {"reward": "plain", "scaling": "std"},
+        "unscaled": {"scaling": "none"},
     }
     recipe = Recipe.model_validate({"world": {}, "sft": {}, "policy": {"ppo": shared, "arms": arms}})
     check(recipe)
@@ -359,14 +360,15 @@ def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
     paths: dict[str, Any] = {"model": "m", "prompts": "p", "reward_model": "r", "baselines": "b", "gold": None}
     found = {name: ppo_config(recipe, recipe.policy, name, **paths) for name in arms}
     assert all(config.steps == 7 for config in found.values())
-    assert [name for name, config in found.items() if config.baselines == "b"] == ["contrastive", "par"]
-    assert [name for name, config in found.items() if config.k == 2] == ["contrastive", "par"]
+    assert [name for name, config in found.items() if config.baselines == "b"] == ["contrastive", "par", "unscaled"]
+    assert [name for name, config in found.items() if config.k == 2] == ["contrastive", "par", "unscaled"]
     assert [name for name, config in found.items() if config.scale_warmup == 8] == ["contrastive", "scaled"]
     assert [name for name, config in found.items() if config.critic.lr == 1e-3] == [
         "plain",
         "contrastive",
         "par",
         "scaled",
+        "unscaled",
     ]
 
 

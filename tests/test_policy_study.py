@@ -232,6 +232,11 @@ class TestGrid:
         assert config({"reward": "plain", "scaling": "std"}, 0.05).scale_kl
         assert not config({"reward": "contrastive"}, 0.0).scale_kl  # there is no penalty
         assert not config({"reward": "contrastive", "scaling": "none"}, 0.05).scale_kl
+        # What all arms share must not scale an arm after all.
+        shared = study(ppo=TINY["ppo"] | {"scaling": "none"})
+        cell = Cell("none", 0.0, "none", "contrastive", 0.05)
+        named: dict[str, Any] = {"policy": "p", "rewards": ("r",), "prompts": "q", "baselines": "b", "gold": None}
+        assert ppo_config(shared, cell, 0, **named).scaling == "none"
         assert not config({"reward": "plain"}, 0.05).scale_kl
         assert config({"reward": "plain"}, 0.3).kl_coef == 0.3
 

@@ -360,12 +360,17 @@ class TestSharedCritic:
     def test_while_it_warms_up_only_the_head_learns(self, base: dict[str, Any], tmp_path: Path) -> None:
         learner = ppo.Learner(PPOConfig.model_validate(base | {"critic_model": "shared"}))
         before = {k: v.clone() for k, v in learner.models.policy.state_dict().items()}
-        settings = base | {"critic_model": "shared", "critic_warmup": 3, "steps": 3, "epochs": 2}
-        logged = train(settings, tmp_path / "ppo")
-        after = weights(tmp_path / "ppo" / "model")
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert logged[0]["ppo/value_mean"] == 0.0 != logged[-1]["ppo/value_mean"]
-        assert [line["ppo/kl_update"] for line in logged] == [0.0] * 3
+        settings = base | {"critic_model": "shared", "critic_warmup": 3, "steps": 4, "epochs": 2}
+        moved: list[bool] = []
+
+        def look(step: int, steps: int, policy: PolicyModel) -> None:
+            after = policy.state_dict()
+            moved.append(any(not torch.equal(before[name], after[name]) for name in before))
+
+        logged = train(settings, tmp_path / "ppo", look=look)
+        assert moved == [False, False, False, True]
+        assert logged[0]["ppo/value_mean"] == 0.0 != logged[2]["ppo/value_mean"]
+        assert [line["ppo/kl_update"] for line in logged[:3]] == [0.0] * 3
 
     def test_no_second_model_is_loaded_and_the_policy_learns(
         self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -395,6 +400,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"reward": "contrastive", "baselines": "b", "scaling": "none", "scale_kl": True},
         "scale_kl: no effect with scaling = none",
     ),
+    "warm-up of no scaling": (
+        {"reward": "contrastive", "baselines": "b", "scaling": "none", "scale_warmup": 5, "scale_floor": 0.1},
+        "scale_floor, scale_warmup: no effect with scaling = none",
+    ),
+    "a critic that warms up for ever": ({"critic_warmup": 2}, "critic_warmup: must be below steps = 2, got 2"),
+    "uneven minibatches": ({"minibatches": 3}, "minibatches: must divide prompts_per_step = 4, got 3"),
     "scaled KL without KL": ({"scaling": "std", "kl_coef": 0.0, "scale_kl": True}, "scale_kl: no effect with kl_coef"),
 }  # fmt: skip
 

@@ -364,6 +364,7 @@ class TestRefusals:
             ({"ppo": {"reward": "plain", "k": 3}}, "ppo: k: no effect with reward = plain"),
             ({"rm": {"eta": 1.0}}, "rm and meta: eta stands in both"),
             ({"meta": {"eta": -1.0}}, "rm and meta.eta: must be at least 0"),
+            ({"evaluate": {"strata": 2, "tie": 0.1}}, "evaluate: strata, tie: no effect in rounds"),
         ],
     )
     def test_before_anything_runs(

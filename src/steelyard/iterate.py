@@ -177,6 +177,10 @@ def check_settings(config: RoundsConfig) -> None:
     for names, reason in idle:
         if useless := names & config.given():
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}; leave out")
+    if useless := {"tie", "strata"} & config.evaluate.given():
+        raise InputError(
+            f"evaluate: {', '.join(sorted(useless))}: no effect in rounds, which count no wins and no strata; leave out"
+        )
     some = Round(1, "", "")
     _reward(config, 1, model="", meta="")
     _meta_sample(config, 1, "")

@@ -141,6 +141,16 @@ def check(config: PPOConfig) -> None:
             f"sampling.min_new_tokens: must be 0 in PPO, got {config.sampling.min_new_tokens}: the update's "
             "log-probabilities would not be those of the distribution that was sampled from; use missing_eos_penalty"
         )
+    if config.critic_warmup >= config.steps:
+        raise InputError(
+            f"critic_warmup: must be below steps = {config.steps}, got {config.critic_warmup}: the policy would never "
+            "learn; lower it, or raise steps"
+        )
+    if config.prompts_per_step % config.minibatches:
+        raise InputError(
+            f"minibatches: must divide prompts_per_step = {config.prompts_per_step}, got {config.minibatches}: the "
+            "last optimiser step would rest on fewer prompts, or there would be fewer steps than asked for"
+        )
     if config.kl_target is not None and config.kl_coef == 0:
         raise InputError("kl_coef: must be above 0 where kl_target steers it, for it is multiplied; got 0")
     responses = config.prompts_per_step * config.samples_per_prompt
@@ -168,7 +178,7 @@ def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[st
     elif config.aggregate != "uncertainty-weighted":
         yield {"uncertainty_weight"}, f"with aggregate = {config.aggregate}; leave out, or use uncertainty-weighted"
     if reward == "contrastive" and config.scaling == "none":
-        yield {"scale_kl"}, "with scaling = none; leave out, or scale"
+        yield SCALING - {"scaling"}, "with scaling = none; leave out, or scale"
     if config.kl_coef == 0:
         yield {"scale_kl"}, "with kl_coef = 0, which turns the penalty off; leave out"
     if config.kl_target is None:

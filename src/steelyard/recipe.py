@@ -177,8 +177,11 @@ def ppo_config(
         fixed["baselines"] = baselines
     else:
         idle |= ppo_settings.BASELINES
-    if arm_setting(policy, arm, "scaling") != "std" and arm_setting(policy, arm, "reward") != "contrastive":
+    scaling = arm_setting(policy, arm, "scaling")
+    if scaling != "std" and arm_setting(policy, arm, "reward") != "contrastive":
         idle |= ppo_settings.SCALING
+    elif scaling == "none":
+        idle |= ppo_settings.SCALING - {"scaling"}
     if arm_setting(policy, arm, "advantage") != "gae":
         idle |= ppo_settings.CRITIC_ONLY
     shared = {name: value for name, value in shared.items() if name not in idle}

@@ -211,7 +211,7 @@ def ppo_config(
         idle |= ppo_settings.BASELINES
     scaled = setting("scaling") == "std" or (setting("reward") == "contrastive" and setting("scaling") != "none")
     if not scaled:
-        idle |= ppo_settings.SCALING - own.keys()
+        idle |= ppo_settings.SCALING - own.keys() - ({"scaling"} if setting("reward") == "contrastive" else set())
     elif cell.kl_coef:
         fixed["scale_kl"] = True
     if setting("advantage") != "gae":
