@@ -386,6 +386,20 @@ class TestSharedCritic:
         assert names == set(weights(base["policy"])), "the head is no part of the policy that is saved"
 
 
+def test_the_actors_schedule_begins_when_it_learns(base: dict[str, Any]) -> None:
+    """Six steps, the first two the critic's alone. Actor: 4 steps, half of them warm-up; critic: 6, half warm-up."""
+    optim = OptimConfig(lr=1.0, warmup=0.5)
+    settings = base | {"steps": 6, "critic_warmup": 2, "actor": optim, "critic": optim}
+    learner = ppo.Learner(PPOConfig.model_validate(settings))
+    rates: dict[str, list[float]] = {"actor": [], "critic": []}
+    for step in range(6):
+        learner.set_rates(step, 6)
+        for name, (_, _, optimizer) in learner.parts.items():
+            rates[name].append(optimizer.param_groups[0]["lr"])
+    assert rates["actor"][2:] == pytest.approx([1 / 2, 1, 1, 1 / 2])
+    assert rates["critic"] == pytest.approx([1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a weight of 0 that is steered": ({"kl_coef": 0.0, "kl_target": 1.0}, "kl_coef: must be above 0"),
     "a horizon shorter than a step": ({"kl_target": 1.0, "kl_horizon": 2}, "kl_horizon: must be above a fifth"),

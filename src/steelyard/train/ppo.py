@@ -69,6 +69,7 @@ class Learner:
             "critic": ("value.", self.models.critic),
         }
         self.settings = {"actor": config.actor, "critic": config.critic}
+        self.waits = {"actor": config.critic_warmup, "critic": 0}
         # name in the checkpoint -> (its prefix of the model's tensors there, model, optimiser)
         self.parts = {
             name: (prefix, model, self.settings[name].build(model.parameters()))
@@ -94,9 +95,10 @@ class Learner:
         self.kl.load_state_dict(state["kl"])
 
     def set_rates(self, step: int, steps: int) -> None:
-        """The learning rates of a step (0-based)."""
+        """The learning rates of a step (0-based). The actor's schedule begins when the critic has warmed up."""
         for name, (_, _, optimizer) in self.parts.items():
-            set_rate(optimizer, self.settings[name].rate(step, steps))
+            waits = self.waits[name]
+            set_rate(optimizer, self.settings[name].rate(max(step - waits, 0), steps - waits))
 
     def move(self, step: int) -> float:
         """One optimiser step on the gradients at hand; returns the norm of the policy's.
