@@ -14,9 +14,8 @@ from typing import Any
 
 from steelyard import __version__
 from steelyard.evaluate.examination import benchmark_tables
+from steelyard.evaluate.units import FEW_PROMPTS
 from steelyard.parallel import default_workers
-
-FEW_PROMPTS = 30
 
 
 def describe_run(name: str, seed: int, began: float, command: str) -> dict[str, Any]:
@@ -77,8 +76,8 @@ def tables(out: Path) -> list[dict[str, Any]]:
                     [arm, *(f"{c[s]['accuracy']:.3f} [{c[s]['low']:.3f}, {c[s]['high']:.3f}]" for s in sets)]
                     for arm, c in by_arm.items()
                 ],
-                "note": "95 % bootstrap intervals by prompt. One seed each: differences inside them are no finding."
-                + _few_prompts(rows),
+                "note": f"95 % bootstrap intervals by {_units(rows)}. One seed each: differences inside them are no "
+                "finding." + _few_prompts(rows),
             }
         )
     if (path := out / "examine" / "benchmarks.json").exists():
@@ -141,9 +140,17 @@ def _interval(row: Mapping[str, Any], name: str, prefix: str | None = None) -> s
     return f"{row[name]:.3f} [{row[f'{start}low']:.3f}, {row[f'{start}high']:.3f}]"
 
 
+def _units(rows: list[dict[str, Any]]) -> str:
+    """What the intervals' bootstraps draw; files of earlier versions do not say it: prompts."""
+    return " or ".join(dict.fromkeys(r.get("unit", "prompts").removesuffix("s") for r in rows))
+
+
 def _few_prompts(rows: list[dict[str, Any]]) -> str:
     """A warning where the intervals rest on too few prompts to mean what they say."""
-    fewest = min(r["prompts"] for r in rows)
-    if fewest >= FEW_PROMPTS:
+    fewest = min(rows, key=lambda r: r["prompts"])
+    if fewest["prompts"] >= FEW_PROMPTS:
         return ""
-    return f" With only {fewest} different prompts to resample, the intervals are themselves very uncertain."
+    start = f" With only {fewest['prompts']} different prompts"
+    if fewest.get("unit", "prompts") == "prompts":
+        return f"{start} to resample, the intervals are themselves very uncertain."
+    return f"{start}, {fewest['unit']} are resampled: the intervals say nothing of other prompts."

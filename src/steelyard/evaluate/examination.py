@@ -19,6 +19,7 @@ from steelyard.errors import InputError
 from steelyard.evaluate.benchmarks import PRIOR_SETS, rewardbench, rewardbench2, rm_bench, score_items
 from steelyard.evaluate.health import checkup
 from steelyard.evaluate.reward import examine
+from steelyard.evaluate.units import units_of
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.types import Preference
@@ -151,19 +152,20 @@ def examine_sets(
     stored = getattr(model.hf.config, "steelyard_reward", None)
     found = {}
     for name, (pairs, trees, strength, left_out) in read.items():
-        prompts = [str(p.prompt) for p in pairs]
+        prompts, units = [str(p.prompt) for p in pairs], units_of(pairs)
         chosen, rejected = rewards[name][:, 0], rewards[name][:, 1]
         lengths = np.array([[len(response) for response in tree.responses] for tree in trees])
         health = checkup(
             chosen,
             rejected,
             prompts=prompts,
+            units=units,
             chosen_length_N=lengths[:, 0],
             rejected_length_N=lengths[:, 1],
             strength_N=strength,
             normal=None if stored is None else model.normal,
         )
-        found[name] = examine(chosen, rejected, prompts=prompts) | health
+        found[name] = examine(chosen, rejected, prompts=prompts, units=units) | health
         found[name]["row"]["left_out"] = left_out
     return found
 

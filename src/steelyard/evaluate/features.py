@@ -22,6 +22,7 @@ from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.evaluate.reward import bootstrap_mean
+from steelyard.evaluate.units import Units, units_of
 from steelyard.models.reward import RewardModel
 
 MEASURES = ("silhouette_cosine", "silhouette_euclidean", "probe_auroc")
@@ -62,17 +63,18 @@ class Features(NamedTuple):
 
 
 def examine_features(name: str, config: FeatureConfig) -> dict[str, Any]:
-    """One model's entry in examine/features.json: figures with intervals over prompts, and its picture."""
+    """One model's entry in examine/features.json: figures with intervals, and its picture."""
     folder = config.models[name]
     encoder = Encoder.load(folder, max_length=config.max_length, on_overlong=config.on_overlong)
     pairs = load_preferences(config.data, on_invalid=config.on_invalid).preferences
     encoded = encoder.encode(pairs)
     trees = encoded.trees[: config.limit]
-    prompts = [prompt_key(pairs[i].prompt) for i in encoded.index[: config.limit]]
+    shown = [pairs[i] for i in encoded.index[: config.limit]]
+    prompts = [prompt_key(p.prompt) for p in shown]
     require_enough(prompts, config.data)
     model = RewardModel.load(folder)
     found = Features(read_features(model, trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens), prompts)
-    return {"name": name, **describe(found, config)}
+    return {"name": name, **describe(found, config, units_of(shown))}
 
 
 def require_enough(prompts: Sequence[str], file: str) -> None:
@@ -99,17 +101,18 @@ def read_features(
     return found
 
 
-def describe(found: Features, options: FeatureOptions) -> dict[str, Any]:
-    """The figures with 95 % intervals over prompts, and t-SNE coordinates; plain values."""
+def describe(found: Features, options: FeatureOptions, units: Units) -> dict[str, Any]:
+    """The figures with 95 % intervals over units (prompts, or what `units_of` has), and t-SNE coordinates."""
     values = overlap(*found, folds=options.folds, seed=options.seed)
     rows = []
     for cloud in CLOUDS:
         for measure in MEASURES:
-            value, low, high = bootstrap_mean(values[cloud][measure], clusters=found.prompts, seed=options.seed)
+            value, low, high = bootstrap_mean(values[cloud][measure], clusters=units, seed=options.seed)
             rows.append({"features": cloud, "measure": measure, "value": value, "low": low, "high": high})
     return {
         "pairs": len(found.prompts),
         "prompts": len(set(found.prompts)),
+        "unit": units.name,
         "width": found.features_N2D.shape[2],
         "rows": rows,
         "tsne": picture(found.features_N2D, options),

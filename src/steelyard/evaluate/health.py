@@ -1,7 +1,7 @@
 """A reward model's bill of health on one preference file: temperature, length, strength, scale.
 
 Pure functions of rewards, lengths (tokens) and prompts. Where a figure has an interval, it is [value, low, high]: a
-95 % percentile bootstrap that resamples whole prompts (`evaluate.reward.resampled_sums`).
+95 % percentile bootstrap that resamples whole prompts, or other units (`evaluate.reward.resampled_sums`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from steelyard.evaluate.reward import (
     resampled_sums,
     wins,
 )
+from steelyard.evaluate.units import Clusters, Units, as_units
 from steelyard.strength import fit_temperature, out_of_fold_plan
 
 GROUPS = 10
@@ -39,6 +40,7 @@ def checkup(
     rejected_N: Float[np.ndarray, "N"],
     *,
     prompts: Sequence[str],
+    units: Units | None = None,
     chosen_length_N: Int[np.ndarray, "N"],
     rejected_length_N: Int[np.ndarray, "N"],
     strength_N: Float[np.ndarray, "N"] | None = None,
@@ -48,28 +50,32 @@ def checkup(
     """Everything below for one model and one file.
 
     `strength_N` holds the pairs' mean margins, nan where a pair was not weighed; `normal` is the (mean, std) that the
-    checkpoint recorded of its training data, None if it recorded none.
+    checkpoint recorded of its training data, None if it recorded none. `units` are what the bootstrap draws; none
+    given: prompts.
     """
+    units = units or as_units(prompts)
     chosen, rejected = chosen_N.astype(np.float64), rejected_N.astype(np.float64)
     margin, longer = chosen - rejected, (chosen_length_N - rejected_length_N).astype(np.float64)
     found: dict[str, Any] = {
-        "temperature": cross_fit(margin, prompts, seed=seed),
-        "by_length": by_length(margin, chosen_length_N, rejected_length_N, prompts, seed=seed),
-        "length": length_bias(chosen, rejected, chosen_length_N, rejected_length_N, prompts, seed=seed),
-        "scale": scale(chosen, rejected, prompts, normal=normal, seed=seed),
-        "longer_is_right": estimate(_mean(wins(longer), prompts, seed)),
+        "temperature": cross_fit(margin, prompts, units, seed=seed),
+        "by_length": by_length(margin, chosen_length_N, rejected_length_N, units, seed=seed),
+        "length": length_bias(chosen, rejected, chosen_length_N, rejected_length_N, units, seed=seed),
+        "scale": scale(chosen, rejected, prompts, units, normal=normal, seed=seed),
+        "longer_is_right": estimate(_mean(wins(longer), units, seed)),
     }
     if strength_N is not None and np.isfinite(strength_N).any():
         weighed = np.isfinite(strength_N)
-        names = [p for p, known in zip(prompts, weighed, strict=True) if known]
-        found["by_strength"] = accuracy_groups(wins(margin[weighed]), strength_N[weighed], names, seed=seed)
+        known = units.take(weighed)
+        found["by_strength"] = accuracy_groups(wins(margin[weighed]), strength_N[weighed], known, seed=seed)
     return found
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------------
 
 
-def cross_fit(margin_N: Float[np.ndarray, "N"], prompts: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+def cross_fit(
+    margin_N: Float[np.ndarray, "N"], prompts: Sequence[str], units: Units | None = None, *, seed: int = 0
+) -> dict[str, Any]:
     """Temperature scaling (Guo et al. 2017), cross-fitted: T of one half of the prompts divides the other's margins.
 
     So no pair is judged by a temperature that saw it, and every pair is judged once. `nll` and `ece` are before,
@@ -95,7 +101,7 @@ def cross_fit(margin_N: Float[np.ndarray, "N"], prompts: Sequence[str], *, seed:
     except InputError as error:
         return found | {"halves": [], "reason": str(error)}
     losses = np.stack([_nll(margin_N), _nll(scaled), _nll(margin_N) - _nll(scaled), np.ones(len(scaled))], axis=1)
-    sums = resampled_sums(losses, clusters=prompts, seed=seed)
+    sums = resampled_sums(losses, clusters=units or prompts, seed=seed)
     for i, name in enumerate(("nll", "nll_scaled", "nll_gain")):
         found[name] = estimate(sums[:, i] / sums[:, 3])
     return found | {
@@ -124,7 +130,7 @@ def _nll(margin_N: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
 def accuracy_groups(
     correct_N: Float[np.ndarray, "N"],
     value_N: Float[np.ndarray, "N"],
-    prompts: Sequence[str],
+    clusters: Clusters,
     *,
     groups: int = GROUPS,
     seed: int = 0,
@@ -137,7 +143,7 @@ def accuracy_groups(
     edges = np.unique(np.quantile(value_N, np.arange(1, groups) / groups)) if groups > 1 else np.empty(0)
     place = np.searchsorted(edges, value_N, side="right")
     masks = [place == g for g in np.unique(place)]
-    rows = _accuracies(correct_N, masks, prompts, seed)
+    rows = _accuracies(correct_N, masks, clusters, seed)
     return [
         {
             "from": float(value_N[mask].min()),
@@ -153,7 +159,7 @@ def by_length(
     margin_N: Float[np.ndarray, "N"],
     chosen_length_N: Int[np.ndarray, "N"],
     rejected_length_N: Int[np.ndarray, "N"],
-    prompts: Sequence[str],
+    clusters: Clusters,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -165,19 +171,19 @@ def by_length(
     near = np.abs(difference) <= NEAR_EQUAL * np.maximum(chosen_length_N, rejected_length_N)
     masks = [(difference > 0) & ~near, near, (difference < 0) & ~near]
     correct = wins(margin_N)
-    rows = _accuracies(correct, masks, prompts, seed)
+    rows = _accuracies(correct, masks, clusters, seed)
     return {
-        "groups": accuracy_groups(correct, difference, prompts, seed=seed),
+        "groups": accuracy_groups(correct, difference, clusters, seed=seed),
         "sides": [{"side": side, **row} for side, row in zip(_SIDES, rows, strict=True)],
     }
 
 
 def _accuracies(
-    correct_N: Float[np.ndarray, "N"], masks: Sequence[Bool[np.ndarray, "N"]], prompts: Sequence[str], seed: int
+    correct_N: Float[np.ndarray, "N"], masks: Sequence[Bool[np.ndarray, "N"]], clusters: Clusters, seed: int
 ) -> list[dict[str, Any]]:
     """n and accuracy with its interval for each part; accuracy is None where a part is empty."""
     columns = [column for mask in masks for column in (mask * correct_N, mask)]
-    sums = resampled_sums(np.stack(columns, axis=1), clusters=prompts, seed=seed)
+    sums = resampled_sums(np.stack(columns, axis=1), clusters=clusters, seed=seed)
     rows = []
     for i, mask in enumerate(masks):
         with np.errstate(invalid="ignore"):
@@ -194,7 +200,7 @@ def length_bias(
     rejected_N: Float[np.ndarray, "N"],
     chosen_length_N: Int[np.ndarray, "N"],
     rejected_length_N: Int[np.ndarray, "N"],
-    prompts: Sequence[str],
+    clusters: Clusters,
     *,
     seed: int = 0,
 ) -> dict[str, Estimate]:
@@ -210,10 +216,10 @@ def length_bias(
     margin = chosen_N - rejected_N
     longer = (chosen_length_N - rejected_length_N).astype(np.float64)
     both = np.concatenate([margin, -margin]), np.concatenate([longer, -longer])
-    twice = [*prompts, *prompts]
+    twice = as_units(clusters).twice()
     unequal = longer != 0
     share = np.stack([unequal * wins(margin * np.sign(longer)), unequal], axis=1)
-    sums = resampled_sums(share, clusters=prompts, seed=seed)
+    sums = resampled_sums(share, clusters=clusters, seed=seed)
     with np.errstate(invalid="ignore"):
         prefers = estimate(sums[:, 0] / sums[:, 1])
     return {
@@ -226,7 +232,7 @@ def length_bias(
 
 
 def correlation(
-    x_N: Float[np.ndarray, "N"], y_N: Float[np.ndarray, "N"], clusters: Sequence[str], *, seed: int = 0
+    x_N: Float[np.ndarray, "N"], y_N: Float[np.ndarray, "N"], clusters: Clusters, *, seed: int = 0
 ) -> Estimate:
     """Pearson's correlation with its interval; all None where one side is constant."""
     if np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
@@ -248,6 +254,7 @@ def scale(
     chosen_N: Float[np.ndarray, "N"],
     rejected_N: Float[np.ndarray, "N"],
     prompts: Sequence[str],
+    units: Units | None = None,
     *,
     normal: tuple[float, float] | None = None,
     seed: int = 0,
@@ -259,15 +266,14 @@ def scale(
     `stretch` = std / recorded std: 0 and 1 where the recorded scale holds on this file.
     """
     reward = np.concatenate([chosen_N, rejected_N])
-    twice = [*prompts, *prompts]
-    place = np.unique(np.asarray(twice), return_inverse=True)[1]
+    place = np.unique([*prompts, *prompts], return_inverse=True)[1]
     counts = np.bincount(place)
     means = np.bincount(place, reward) / counts
     within = np.bincount(place, (reward - means[place]) ** 2) / counts
     centre, std = float(reward.mean()), float(reward.std())
     shifted = reward - centre
     table = np.stack([np.ones_like(reward), shifted, shifted**2, reward > 0], axis=1)
-    sums = resampled_sums(table, clusters=twice, seed=seed)
+    sums = resampled_sums(table, clusters=(units or as_units(prompts)).twice(), seed=seed)
     mean = sums / sums[:, :1]
     found = {
         "n": len(reward),
@@ -289,6 +295,6 @@ def scale(
     return found | {"normal": list(normal), "drift": drift, "stretch": std / normal[1] if known else None}
 
 
-def _mean(values_N: Float[np.ndarray, "N"], prompts: Sequence[str], seed: int) -> Float[np.ndarray, "1+draws"]:
-    sums = resampled_sums(np.stack([values_N, np.ones_like(values_N)], axis=1), clusters=prompts, seed=seed)
+def _mean(values_N: Float[np.ndarray, "N"], clusters: Clusters, seed: int) -> Float[np.ndarray, "1+draws"]:
+    sums = resampled_sums(np.stack([values_N, np.ones_like(values_N)], axis=1), clusters=clusters, seed=seed)
     return sums[:, 0] / sums[:, 1]

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from steelyard.evaluate.units import Clusters, Units, as_units
+
 BINS = 10
 
 
@@ -59,51 +61,43 @@ def expected_calibration_error(margin_N: Float[np.ndarray, "N"], bins: int = BIN
 def bootstrap_mean(
     values_N: Float[np.ndarray, "N"],
     *,
-    clusters: Sequence[str] | None = None,
+    clusters: Clusters | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap, resampling whole clusters (prompts) where they are given.
+    """(mean, low, high): percentile bootstrap, resampling whole clusters (prompts) or other units where given.
 
     Values of one prompt are not independent; an interval that ignores it is too narrow.
     """
     values = np.asarray(values_N, dtype=np.float64)
-    place = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    n = int(place.max()) + 1
-    sums, counts = np.bincount(place, values, n), np.bincount(place, minlength=n)
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        pick = rng.integers(0, n, n)
-        means[i] = sums[pick].sum() / counts[pick].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    sums = resampled_sums(np.stack([values, np.ones_like(values)], 1), clusters=clusters, draws=draws, seed=seed)
+    with np.errstate(invalid="ignore"):
+        _, low, high = estimate(sums[:, 0] / sums[:, 1], level)
+    mean = float(values.mean())
+    return mean, mean if low is None else low, mean if high is None else high
 
 
 def resampled_sums(
     table_NF: Float[np.ndarray, "N F"],
     *,
-    clusters: Sequence[str] | None = None,
+    clusters: Clusters | None = None,
     draws: int = 2000,
     seed: int | Sequence[int] = 0,
 ) -> Float[np.ndarray, "1+draws F"]:
-    """Column sums: row 0 of the table as it is, the others of bootstrap resamples of whole clusters.
+    """Column sums: row 0 of the table as it is, the others of bootstrap resamples of whole clusters, or of units.
 
     Any statistic that is a function of sums gets its value and its draws in one stroke; `estimate` reads them.
     """
     table = np.asarray(table_NF, dtype=np.float64)
-    place = np.arange(len(table)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    n = int(place.max()) + 1
-    sums_CF = np.zeros((n, table.shape[1]))
-    np.add.at(sums_CF, place, table)
+    units = as_units(range(len(table)) if clusters is None else clusters)
+    n = units.count
     rng = np.random.default_rng(seed)
-    found = np.empty((1 + draws, table.shape[1]))
-    found[0] = table.sum(0)
+    found = [table.sum(0, keepdims=True)]
     for start in range(0, draws, 100):
         counts = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(min(100, draws - start))]
-        found[1 + start : 1 + start + len(counts)] = np.array(counts, dtype=np.float64) @ sums_CF
-    return found
+        found.append(units.sums(np.array(counts, dtype=np.float64), table))
+    return np.concatenate(found)
 
 
 def estimate(values_D: Float[np.ndarray, "1+draws"], level: float = 0.95) -> list[float | None]:
@@ -122,16 +116,22 @@ def examine(
     rejected_N: Float[np.ndarray, "N"],
     *,
     prompts: Sequence[str],
+    units: Units | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One reward model on one validation set: the row of the table, its reliability bins, accuracy by strength."""
+    """One reward model on one validation set: the row of the table, its reliability bins, accuracy by strength.
+
+    `units` are what the bootstrap draws; none given: prompts.
+    """
+    units = units or as_units(prompts)
     margin = chosen_N.astype(np.float64) - rejected_N.astype(np.float64)
     metrics = reward_metrics(chosen_N, rejected_N)
-    accuracy, low, high = bootstrap_mean(wins(margin), clusters=prompts, seed=seed)
+    accuracy, low, high = bootstrap_mean(wins(margin), clusters=units, seed=seed)
     return {
         "row": {
             "n": len(margin),
             "prompts": len(set(prompts)),
+            "unit": units.name,
             "accuracy": accuracy,
             "low": low,
             "high": high,

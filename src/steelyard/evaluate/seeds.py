@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+from steelyard.evaluate.units import Clusters, Units, as_units
 
 
 def mean_over_seeds(
     values_SN: Float[np.ndarray, "S N"],
     *,
-    clusters: Sequence[str] | Sequence[int],
+    clusters: Clusters,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of S runs on the same N examples: seeds and clusters (prompts) are both drawn anew.
+    """(mean, low, high) of S runs on the same N examples: seeds and clusters (prompts, or units) are both drawn anew.
 
-    A percentile bootstrap of a crossed design. Of S seeds the draws alone would show (S - 1) / S of the variance
-    between them, so the seeds' deviations are stretched by sqrt(S / (S - 1)) first. With one seed the interval is
-    over clusters alone, and says nothing about another seed. For differences between two arms give the values'
-    differences: what the arms share (examples, data order, head) then cancels.
+    A percentile bootstrap of a crossed design; see `interval_over_seeds`. With one seed the interval is over clusters
+    alone, and says nothing about another seed. For differences between two arms give the values' differences: what the
+    arms share (examples, data order, head) then cancels.
 
     Raises:
         ValueError: `values` is not (S, N) with one cluster for each of the N.
@@ -30,36 +31,60 @@ def mean_over_seeds(
     values = np.asarray(values_SN, dtype=np.float64)
     if values.ndim != 2 or values.size == 0 or values.shape[1] != len(clusters):
         raise ValueError(f"values must be (seeds, examples) with {len(clusters)} examples, got {values.shape}")
-    S = len(values)
-    if S > 1:
-        deviation_S1 = values.mean(1, keepdims=True) - values.mean()
-        stretched_SN = values + (np.sqrt(S / (S - 1)) - 1) * deviation_S1
-    else:
-        stretched_SN = values
-    place = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    n = int(place.max()) + 1
-    sums_SC = np.stack([np.bincount(place, row, n) for row in stretched_SN])
-    counts_C = np.bincount(place, minlength=n)
+    units, n = as_units(clusters), as_units(clusters).count
     rng = np.random.default_rng(seed)
-    seeds_RS = rng.multinomial(S, np.full(S, 1 / S), size=draws)
-    clusters_RC = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-    means = ((seeds_RS @ sums_SC) * clusters_RC).sum(1) / (S * (clusters_RC @ counts_C))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    seeds_RS = draw_seeds(rng, len(values), draws)
+    counts_RC = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    sums_RF = units.sums(counts_RC, np.concatenate([values, np.ones((1, values.shape[1]))]).T)
+    with np.errstate(invalid="ignore"):
+        means_SR = (sums_RF[:, :-1] / sums_RF[:, -1:]).T
+    return interval_over_seeds(values.mean(1), means_SR, seeds_RS, level=level)
+
+
+def draw_seeds(rng: np.random.Generator, S: int, draws: int) -> Int[np.ndarray, "R S"]:
+    """How often each seed is drawn in each resample."""
+    return rng.multinomial(S, np.full(S, 1 / S), size=draws)
+
+
+def interval_over_seeds(
+    values_S: Float[np.ndarray, "S"],
+    drawn_SR: Float[np.ndarray, "S R"],
+    seeds_RS: Int[np.ndarray, "R S"],
+    *,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """(mean, low, high) of a statistic of S seeds: its values, its values on R resamples of the examples, and seeds.
+
+    Of S seeds the draws alone would show (S - 1) / S of the variance between them, so the seeds' deviations are
+    stretched by sqrt(S / (S - 1)) first. Resamples that leave the statistic undefined (nan) do not count.
+    """
+    S, mean = len(values_S), float(np.mean(values_S))
+    stretch = np.sqrt(S / (S - 1)) - 1 if S > 1 else 0.0
+    means_R = (seeds_RS.T * (drawn_SR + stretch * (values_S - mean)[:, None])).sum(0) / S
+    defined = means_R[np.isfinite(means_R)]
+    if not len(defined):
+        return mean, mean, mean
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return mean, float(low), float(high)
 
 
 def compare_arms(
-    arms: Mapping[str, Float[np.ndarray, "S N"]], *, clusters: Sequence[str] | Sequence[int], control: str
+    arms: Mapping[str, Float[np.ndarray, "S N"]], *, clusters: Clusters, control: str
 ) -> list[dict[str, Any]]:
-    """One row an arm: value, interval, the value of each seed; and the same of its paired difference to `control`."""
+    """One row an arm: value, interval, the value of each seed; and the same of its paired difference to `control`.
+
+    `clusters` and `unit` of a row are how many units the bootstrap draws, and what they are.
+    """
+    units = as_units(clusters)
     rows = []
     for name, values_SN in arms.items():
-        rows.append({"arm": name, "n": values_SN.shape[1], "clusters": len(set(clusters)), **_row(values_SN, clusters)})
+        drawn = {"clusters": units.count, "unit": units.name}
+        rows.append({"arm": name, "n": values_SN.shape[1], **drawn, **_row(values_SN, units)})
         if name != control:
-            rows[-1]["difference"] = _row(values_SN - arms[control], clusters)
+            rows[-1]["difference"] = _row(values_SN - arms[control], units)
     return rows
 
 
-def _row(values_SN: Float[np.ndarray, "S N"], clusters: Sequence[str] | Sequence[int]) -> dict[str, Any]:
-    value, low, high = mean_over_seeds(values_SN, clusters=clusters)
+def _row(values_SN: Float[np.ndarray, "S N"], units: Units) -> dict[str, Any]:
+    value, low, high = mean_over_seeds(values_SN, clusters=units)
     return {"value": value, "low": low, "high": high, "seeds": values_SN.mean(1).tolist()}

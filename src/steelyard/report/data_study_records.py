@@ -11,7 +11,7 @@ from steelyard.report.study_records import Difference
 
 
 class HeldOutSet(Record):
-    """One validation set; `unit` is what the bootstrap draws: prompts, or pairs where prompts are few."""
+    """One validation set; `unit` is what the bootstrap draws: prompts; where they are few, responses or pairs."""
 
     set: str
     n: int

@@ -40,10 +40,11 @@ def _figures(models: Sequence[FeatureModel]) -> Block:
     for m in models:
         found = {(r.features, r.measure): interval(r.value, r.low, r.high) for r in m.rows}
         rows.append((m.name, m.pairs, *(found.get((c, measure)) for c in _CLOUDS for measure in MEASURES)))
+    units = " or ".join(dict.fromkeys(m.unit for m in models))
     note = (
         "Pairs: chosen against rejected features. Differences: chosen less rejected against its negation. Silhouette: "
         "1 far apart, 0 in the same place. AUROC of a linear probe on prompts that it never saw: 0.5 is chance. "
-        "Intervals over prompts."
+        f"Intervals over {units}."
     )
     return table("How far chosen and rejected features lie apart", columns, rows, note=note)
 

@@ -55,9 +55,14 @@ def health_section(run: Run, styles: Styles) -> Section | None:
 
 def _intro(reward: RewardFile) -> str:
     text = "What accuracy does not tell: whether claimed chances hold, what length does to the reward, and its scale."
-    fewest = min((r.prompts for r in reward.rows if r.prompts is not None), default=_FEW_PROMPTS)
-    if fewest < _FEW_PROMPTS:
-        text += f" With only {fewest} different prompts to resample, the intervals are themselves very uncertain."
+    few = [(r.prompts, r.unit) for r in reward.rows if r.prompts is not None and r.prompts < _FEW_PROMPTS]
+    if few:
+        fewest, unit = min(few)
+        text += f" With only {fewest} different prompts"
+        if unit == "prompts":
+            text += " to resample, the intervals are themselves very uncertain."
+        else:
+            text += f", the bootstrap draws {unit}: the intervals say nothing of other prompts."
     left_out = dict.fromkeys(f"{r.set}: {r.left_out}" for r in reward.rows if r.left_out)
     return text + (f" Not examined in full: {'; '.join(left_out)}." if left_out else "")
 

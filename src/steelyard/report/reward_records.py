@@ -26,6 +26,7 @@ class RewardRow(Record):
     reward_mean: float | None = None
     reward_std: float | None = None
     prompts: int | None = None
+    unit: str = "prompts"
     left_out: str = ""
 
 

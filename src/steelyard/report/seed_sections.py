@@ -30,7 +30,7 @@ _UNITS = {
     "training std": "standard deviations in training",
 }
 _BARS = (
-    "The bar is the 95 % interval over seeds and prompts; where it holds 0, no difference was found. Values come from "
+    "The bar is the 95 % interval over seeds and {units}; where it holds 0, no difference was found. Values come from "
     "the same pairs and seeds, so what the arms share cancels."
 )
 
@@ -118,7 +118,8 @@ def difference_figure(
                 small=len(places) > 2,
             )  # fmt: skip
             panels.append(Panel(panel_title(shown[0]), svg))
-    return Figure(title, _BARS, panels)
+    units = " or ".join(dict.fromkeys(r.unit for r in rows))
+    return Figure(title, _BARS.format(units=units), panels)
 
 
 def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:

@@ -33,6 +33,7 @@ class FeatureModel(Record):
     name: str
     pairs: int
     prompts: int | None = None
+    unit: str = "prompts"
     rows: list[FeatureRow] = Field(default_factory=list)
     tsne: FeaturePicture | None = None
 
@@ -45,7 +46,7 @@ class FeatureFile(Record):
 
 
 class Difference(Record):
-    """A value with its interval over seeds and prompts, and the value of each seed."""
+    """A value with its interval over seeds and prompts (or other units), and the value of each seed."""
 
     value: float
     low: float | None = None
@@ -54,12 +55,16 @@ class Difference(Record):
 
 
 class SeedRow(Difference):
-    """One arm of a study by one measure; `difference` is its paired difference to the control arm."""
+    """One arm of a study by one measure; `difference` is its paired difference to the control arm.
+
+    `unit` is what the bootstrap draws beside seeds.
+    """
 
     set: str
     measure: str
     arm: str
     n: int
+    unit: str = "prompts"
     difference: Difference | None = None
 
 

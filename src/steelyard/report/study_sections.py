@@ -79,7 +79,7 @@ def kinds_section(run: Run) -> Section | None:
 
 
 def _compute_words(study: DataStudyFile) -> str:
-    weak = [s.set for s in study.sets if s.unit == "pairs"]
+    weak = [s for s in study.sets if s.unit != "prompts"]
     text = (
         f"{count(study.pairs)} training pairs, strength {study.scoring}, {len(study.seeds)} seeds. Equal compute: "
         "within an analysis every model takes the same number of steps of the same number of pairs, so small sets are "
@@ -88,10 +88,10 @@ def _compute_words(study: DataStudyFile) -> str:
     if len(study.seeds) == 1:
         text += " One seed: the intervals say nothing about another one."
     if weak:
-        fewest = min(s.prompts for s in study.sets)
+        fewest, units = min(s.prompts for s in weak), " or ".join(dict.fromkeys(s.unit for s in weak))
         text += (
-            f" There are only {fewest} different prompts ({', '.join(weak)}), so the bootstrap draws pairs: the "
-            "intervals hold for these prompts and are too narrow for others."
+            f" There are only {fewest} different prompts ({', '.join(s.set for s in weak)}), so the bootstrap draws "
+            f"{units}: the intervals hold for these prompts and say nothing of others."
         )
     return text
 

@@ -31,6 +31,7 @@ from steelyard.evaluate.features import (
 )
 from steelyard.evaluate.reward import wins
 from steelyard.evaluate.seeds import compare_arms
+from steelyard.evaluate.units import Units, units_of
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import DataConfig, Recipe, Settings, build, check
@@ -85,7 +86,7 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
     files = folder.stage("data", lambda: _prepare(study, recipe, out))
     model = folder.stage("SFT", lambda: sft(recipe, files, out))
     folder.stage("reward models", lambda: _reward_models(study, files, model, out))
-    found = folder.stage("comparison", lambda: _compare(study, out))
+    found = folder.stage("comparison", lambda: _compare(study, files, out))
     tables = [
         difference_table("Contrastive learning: accuracy on held-out pairs", found["accuracy"], study.control),
         difference_table("Overlap of chosen and rejected features", found["overlap"], study.control),
@@ -172,17 +173,18 @@ def train_and_examine(
     read = {name: read_pairs(path, encoder, on_invalid=config.on_invalid) for name, path in config.validation.items()}
     trees = {name: found for name, (_, found) in read.items()}
     scored = model.score_sets(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
-    shown, prompts = trees[features_set][: options.limit], _prompts(read[features_set][0][: options.limit])
+    shown, pairs = trees[features_set][: options.limit], read[features_set][0][: options.limit]
+    prompts = _prompts(pairs)
     require_enough(prompts, config.validation[features_set])
     features = read_features(model, shown, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
     found = overlap(features, prompts, folds=options.folds, seed=options.seed)
     examined: Examined = {
         "accuracy": {name: wins(r[:, 0].astype(np.float64) - r[:, 1]).tolist() for name, r in scored.items()},
-        "prompts": {name: _prompts(pairs) for name, (pairs, _) in read.items()},
+        "prompts": {name: _prompts(own) for name, (own, _) in read.items()},
         "overlap": {cloud: {m: v.tolist() for m, v in values.items()} for cloud, values in found.items()},
         "features_set": features_set,
         "features_prompts": prompts,
-        "picture": describe(Features(features, prompts), options) if drawn else None,
+        "picture": describe(Features(features, prompts), options, units_of(pairs)) if drawn else None,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(target, json.dumps(examined) + "\n")
@@ -192,20 +194,39 @@ def _prompts(pairs: Any) -> list[str]:
     return [prompt_key(p.prompt) for p in pairs]
 
 
-def _compare(study: ContrastiveStudy, out: Path) -> dict[str, Any]:
+def held_out_units(study: ContrastiveStudy, files: Files, folder: Path, first: Examined) -> dict[str, Units]:
+    """What the bootstrap draws of the pairs that one run examined; by set, and under "features" of those measured.
+
+    Examinations keep no responses: the pairs are read again, as the run read them. Raises RuntimeError for other pairs.
+    """
+    config = reward_config(study, study.control, study.seeds[0], data="", model="", validation=files.validation)
+    encoder = Encoder.load(folder / "model", max_length=config.max_length, on_overlong=config.on_overlong)
+    units = {}
+    for name, path in config.validation.items():
+        pairs = read_pairs(path, encoder, on_invalid=config.on_invalid)[0]
+        if _prompts(pairs) != first["prompts"][name]:
+            raise RuntimeError(f"{path}: holds other pairs than those that were examined; start the study anew")
+        units[name] = units_of(pairs)
+        if name == first["features_set"]:
+            units["features"] = units_of(pairs[: study.features.limit])
+    return units
+
+
+def _compare(study: ContrastiveStudy, files: Files, out: Path) -> dict[str, Any]:
     """Every arm against the control, by accuracy and by overlap; the pictures of the first seed."""
     examined = {arm: [json.loads(places(out, arm, seed)[1].read_text()) for seed in study.seeds] for arm in study.arms}
     first = examined[study.control][0]
+    units = held_out_units(study, files, places(out, study.control, study.seeds[0])[0], first)
     accuracy: list[dict[str, Any]] = []
-    for name, prompts in first["prompts"].items():
+    for name in first["prompts"]:
         values = _stack(examined, lambda one, name=name: one["accuracy"][name])
-        rows = compare_arms(values, clusters=prompts, control=study.control)
+        rows = compare_arms(values, clusters=units[name], control=study.control)
         accuracy += [{"set": name, "measure": "accuracy", **row} for row in rows]
     apart: list[dict[str, Any]] = []
     for cloud in CLOUDS:
         for measure in MEASURES:
             values = _stack(examined, lambda one, c=cloud, m=measure: one["overlap"][c][m])
-            rows = compare_arms(values, clusters=first["features_prompts"], control=study.control)
+            rows = compare_arms(values, clusters=units["features"], control=study.control)
             apart += [{"set": cloud, "measure": measure, **row} for row in rows]
     pictures = [{"name": arm, **runs[0]["picture"]} for arm, runs in examined.items()]
     write_json_atomic(out / "examine" / "features.json", {"set": first["features_set"], "models": pictures})

@@ -15,12 +15,12 @@ from steelyard.data.load import load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.evaluate.seeds import compare_arms
+from steelyard.evaluate.units import Units, units_of
 from steelyard.study import data_sets
 from steelyard.study.data_config import PLAIN, SCORER_NAMES, DataStudy
 from steelyard.study.data_models import SCORES, load_scores
 from steelyard.study.data_sets import Input
 from steelyard.study.folder import POINTS
-from steelyard.summary import FEW_PROMPTS
 
 ENSEMBLE_FILE = "ensemble.npz"
 ENSEMBLE, WARM, WARM_MEAN = SCORER_NAMES
@@ -47,14 +47,13 @@ class Plan:
 class HeldOut:
     """The validation pairs that the models could read, in the order of their scores.
 
-    `sets` maps a validation set to (rows, signs): sign -1 means that the set has the label turned. `clusters` are what
-    the bootstrap draws in each set: prompts, or pairs where there are too few prompts.
+    `sets` maps a validation set to (rows, signs): sign -1 means that the set has the label turned. `units` are what the
+    bootstrap draws in each set: prompts, or where these are too few the pairs' responses.
     """
 
     ids: list[str]
     sets: dict[str, tuple[np.ndarray, np.ndarray]]
-    clusters: dict[str, list[str]]
-    units: dict[str, str]
+    units: dict[str, Units]
     prompts: dict[str, int]
 
 
@@ -68,13 +67,12 @@ def held_out(validation: Mapping[str, str], ids: Sequence[str]) -> HeldOut:
         known = [i for i, one in enumerate(ids) if one in chosen]
         signs = [1.0 if chosen[ids[i]] == by_id[ids[i]].chosen else -1.0 for i in known]
         sets[name] = (np.array(known), np.array(signs))
-    clusters, units, prompts = {}, {}, {}
+    units, prompts = {}, {}
     for name, (rows, _) in sets.items():
-        keys = [prompt_key(by_id[ids[i]].prompt) for i in rows]
-        prompts[name] = len(set(keys))
-        units[name] = "prompts" if prompts[name] >= FEW_PROMPTS else "pairs"
-        clusters[name] = keys if units[name] == "prompts" else [str(i) for i in rows]
-    return HeldOut(list(ids), sets, clusters, units, prompts)
+        held = [by_id[ids[i]] for i in rows]
+        units[name] = units_of(held)
+        prompts[name] = len({prompt_key(p.prompt) for p in held})
+    return HeldOut(list(ids), sets, units, prompts)
 
 
 def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
@@ -88,7 +86,7 @@ def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
         "pairs": len(start.pairs),
         "scoring": start.scoring,
         "sets": [
-            {"set": name, "n": len(rows), "prompts": held.prompts[name], "unit": held.units[name]}
+            {"set": name, "n": len(rows), "prompts": held.prompts[name], "unit": held.units[name].name}
             for name, (rows, _) in held.sets.items()
         ],
         "share_negative": float(np.mean(np.array(means) < 0)),
@@ -143,7 +141,7 @@ def compare(rewards: Mapping[str, Float[np.ndarray, "S N 2"]], held: HeldOut, co
         # Without a control every arm would be compared with nothing: compare each with itself alone.
         groups = [values] if control else [{arm: v} for arm, v in values.items()]
         for group in groups:
-            compared = compare_arms(group, clusters=held.clusters[name], control=control or next(iter(group)))
+            compared = compare_arms(group, clusters=held.units[name], control=control or next(iter(group)))
             rows += [{"set": name, **row} for row in compared]
     return rows
 
@@ -357,13 +355,15 @@ def summary_tables(found: Row) -> list[Row]:
         by_arm: dict[str, dict[str, Row]] = {}
         for r in arms:
             by_arm.setdefault(r["arm"], {})[r["set"]] = r
+        units = " or ".join(dict.fromkeys(s["unit"] for s in found["sets"]))
         cells = [[arm, *(text for s in sets for text in _cells(rows[s]))] for arm, rows in by_arm.items()]
         made.append(
             {
                 "title": "Arms: accuracy on held-out pairs",
                 "columns": ["arm", *(text for s in sets for text in (s, f"{s}, less {PLAIN}"))],
                 "rows": cells,
-                "note": "Means over seeds; 95 % intervals over seeds and held-out pairs (two-level paired bootstrap).",
+                "note": f"Means over seeds; 95 % intervals over seeds and held-out {units} (two-level paired "
+                "bootstrap).",
             }
         )
     columns = ["analysis", "models", "steps each", "pairs a step", "passes, least", "passes, most", "seconds"]

@@ -102,13 +102,14 @@ def _metrics(path: Path) -> dict[str, dict[int, float]]:
 
 def difference_table(title: str, rows: Sequence[Mapping[str, Any]], control: str) -> dict[str, Any]:
     """One table of the summary: value of each arm, difference to the control, both with intervals."""
+    units = " or ".join(dict.fromkeys(r["unit"] for r in rows))
     return {
         "title": title,
         "columns": ["set", "measure", "arm", "value", f"difference to {control}", "seeds above it"],
         "rows": [
             [r["set"], r["measure"], r["arm"], _interval(r), _interval(r.get("difference")), _above(r)] for r in rows
         ],
-        "note": "95 % intervals over seeds and prompts (two-level paired bootstrap). An interval that holds 0 shows "
+        "note": f"95 % intervals over seeds and {units} (two-level paired bootstrap). An interval that holds 0 shows "
         "no difference.",
     }
 
