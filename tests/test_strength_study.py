@@ -16,10 +16,22 @@ import tiny
 from conftest import Folders
 from steelyard.cli import main
 from steelyard.errors import InputError
+from steelyard.evaluate.units import Units
 from steelyard.members.cost import Cost, metered
 from steelyard.strength import out_of_fold_plan
 from steelyard.study.strength import APART, StrengthStudy, check_study, config_of, run_folder, run_strength_study
-from steelyard.study.strength_compare import Run, compare, confident_rows, detected, full_model, price, quality, spread
+from steelyard.study.strength_compare import (
+    compare,
+    confident_rows,
+    detected,
+    full_model,
+    price,
+    quality,
+    spread,
+    tables,
+)
+from steelyard.study.strength_intervals import weighted_auroc
+from steelyard.study.strength_runs import Run
 
 OPTIM = {"lr": 3e-3}
 TRAINED = {"batch_size": 16, "optim": OPTIM}
@@ -132,6 +144,65 @@ class TestNumbers:
         found = compare(runs, [1], "full", same_pairs=True)
         assert found["between_seeds"] == [{"backend": "full", "scoring": "in-sample", "rank_correlation": -1.0}]
         assert compare(runs, [1], "full", same_pairs=False)["between_seeds"] == []
+
+    def test_weighted_auroc_by_hand(self) -> None:
+        scores, wrong = np.array([3.0, 1.0, 2.0, 2.0]), np.array([True, False, True, False])
+        weights = np.array([[1.0, 1, 1, 1], [1, 3, 2, 1], [0, 1, 0, 1]])
+        # As they are: 3 above 1 and 2, 2 above 1 and tied with 2: 3.5 of 4. Weighted: (1 * 4 + 2 * (3 + .5)) / (3 * 4).
+        np.testing.assert_allclose(weighted_auroc(scores, wrong, weights), [3.5 / 4, 11 / 12, np.nan])
+
+    def test_intervals_are_paired_with_the_whole_reference(self) -> None:
+        rng = np.random.default_rng(0)
+        truth = np.where(rng.random(400) < 0.4, -1, 1)
+        seen = truth + rng.normal(size=400)
+        runs = []
+        for seed in (0, 1):
+            good = seen + 0.3 * rng.normal(size=(2, 400))
+            runs += [make(good, truth, seed=seed), make(good + 0.05 * rng.normal(size=(2, 400)), truth, seed=seed,
+                                                         backend="near"),
+                     make(rng.normal(size=(2, 400)), truth, seed=seed, backend="blind")]  # fmt: skip
+        found = compare(runs, [1, 2], "full", same_pairs=True)
+        rows = {(r["backend"], r["members"]): r for r in found["rows"]}
+        for row in rows.values():
+            value, low, high = row["auroc_interval"]
+            assert value == pytest.approx(row["auroc"]["mean"])
+            assert low < value < high
+        assert found["unit"] == "pairs"
+        assert rows["full", 2]["auroc_difference"] is None
+        assert rows["full", 1]["auroc_difference"] is not None
+        near, blind = rows["near", 2]["auroc_difference"], rows["blind", 2]["auroc_difference"]
+        assert near[0] == pytest.approx(rows["near", 2]["auroc"]["mean"] - rows["full", 2]["auroc"]["mean"])
+        assert near[1] < near[0] < near[2]
+        assert near[2] - near[1] < 0.3 * (rows["near", 2]["auroc_interval"][2] - rows["near", 2]["auroc_interval"][1])
+        assert blind[2] < -0.2
+        columns = tables(found)[0]["columns"]
+        cells = [dict(zip(columns, row, strict=True)) for row in tables(found)[0]["rows"]]
+        assert [c["voted"] for c in cells] == ["100%"] * 6 + [""]
+        assert cells[-2]["less all full"].startswith("-0.")
+
+    def test_the_difference_is_on_the_pairs_that_both_judge(self) -> None:
+        # The member judges pairs 0 to 3 perfectly; the reference errs there, and is right on 4 and 5.
+        reference = make([[2, -1, 1, -2, 5, -5]], [1, 1, -1, -1, 1, -1])
+        part = make([[3, 2, -1, -2, np.nan, np.nan]], [1, 1, -1, -1, 1, -1], backend="part")
+        rows = compare([reference, part], [1], "full", same_pairs=True)["rows"]
+        row = next(r for r in rows if r["backend"] == "part")
+        # Reference on 0 to 3: wrong pairs (scores -1, 2) against right ones (-2, 1): 3 of 4 above.
+        assert row["auroc_difference"][0] == pytest.approx(1 - 3 / 4)
+        assert row["voted"]["mean"] == pytest.approx(4 / 6)
+
+    def test_pairs_of_one_response_widen_the_interval(self) -> None:
+        rng = np.random.default_rng(1)
+        truth = np.where(rng.random(200) < 0.5, -1, 1)
+        # 10 responses a to j, all pairs hold two of them; whether a label is found depends on the first one.
+        places = np.stack(
+            [np.repeat(np.arange(10), 20), (np.repeat(np.arange(10), 20) + rng.integers(1, 10, 200)) % 10], 1
+        )
+        margins = truth * np.where(places[:, 0] < 5, 2.0, -2.0) + 0.1 * rng.normal(size=200)
+        wide = compare([make(margins[None], truth, units=Units("responses", places))], [1], "full", same_pairs=True)
+        narrow = compare([make(margins[None], truth)], [1], "full", same_pairs=True)
+        (_, low, high), (_, low_pairs, high_pairs) = (f["rows"][0]["auroc_interval"] for f in (wide, narrow))
+        assert high - low > 2 * (high_pairs - low_pairs)
+        assert wide["unit"] == "responses"
 
     def test_a_meter_counts_this_work_alone(self) -> None:
         held = np.ones(30_000_000)

@@ -25,13 +25,18 @@ class Found(Record):
 
 
 class StrengthRow(Found):
-    """The first `members` of a kind of ensemble: quality and cost."""
+    """The first `members` of a kind of ensemble: quality and cost.
+
+    `auroc_interval` and `auroc_difference` (to the whole reference) are (value, low, high) over seeds and units.
+    """
 
     backend: str
     scoring: str
     members: int
     votes: Spread = Field(default_factory=Spread)
     voted: Spread = Field(default_factory=Spread)
+    auroc_interval: tuple[float, float, float] | None = None
+    auroc_difference: tuple[float, float, float] | None = None
     monotonicity: Spread = Field(default_factory=Spread)
     rank_correlation: Spread = Field(default_factory=Spread)
     tokens: Spread = Field(default_factory=Spread)
@@ -77,6 +82,7 @@ class StrengthStudyFile(Record):
     kind: Literal["strength"]
     reference: str
     seeds: list[int]
+    unit: str = ""
     pairs: int
     wrong: int
     rows: list[StrengthRow] = Field(default_factory=list)

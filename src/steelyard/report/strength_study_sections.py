@@ -17,6 +17,7 @@ from steelyard.report.blocks import (
     count,
     decimals,
     duration,
+    interval,
     percent,
     series_style,
     table,
@@ -92,23 +93,37 @@ def _sorted(study: StrengthStudyFile) -> list[StrengthRow]:
 
 def _quality(study: StrengthStudyFile) -> Block:
     rows: list[tuple[Any, ...]] = [
-        (r.scoring, r.backend, r.members, r.votes.mean, r.voted.mean, _text(r.auroc), _text(r.average_precision),
+        (r.scoring, r.backend, r.members, r.votes.mean, r.voted.mean, _text(r.auroc),
+         _ends(r.auroc_interval), _difference(r.auroc_difference), _text(r.average_precision),
          _text(r.monotonicity), _text(r.rank_correlation))
         for r in _sorted(study)
     ]  # fmt: skip
     longer = study.longer
-    rows.append(("", "longer text", None, None, None, _text(longer.auroc), _text(longer.average_precision), "", ""))
+    rows.append(
+        ("", "longer text", None, None, None, _text(longer.auroc), None, None, _text(longer.average_precision), "", "")
+    )
     columns = [
         ("scoring", None), ("members", None), ("M", count), ("votes a pair", decimals(1)), ("pairs judged", percent),
-        ("AUROC", None), ("average precision", None), ("monotonicity", None),
-        (f"rank correlation with {study.reference}", None),
+        ("AUROC", None), ("95 % interval", str), (f"less all {study.reference}", str), ("average precision", None),
+        ("monotonicity", None), (f"rank correlation with {study.reference}", None),
     ]  # fmt: skip
     note = (
         "Mean ± standard deviation over seeds. Monotonicity: Spearman correlation of strength and agreement with the "
         f"truth over 20 groups. Rank correlation: Spearman, with all {study.reference} members of the same seed and "
-        "scoring. Out-of-fold, the first members judge only a part of the pairs."
+        "scoring. Out-of-fold, the first members judge only a part of the pairs (column pairs judged), and AUROCs of "
+        f"different parts do not compare. Intervals: bootstrap over seeds and {study.unit or 'pairs'}. Less all "
+        f"{study.reference}: on the pairs that both judge, with the same draws; an interval that holds 0 shows no "
+        "difference."
     )
     return table("Quality", columns, rows, note=note)
+
+
+def _ends(value: tuple[float, float, float] | None) -> str | None:
+    return None if value is None else f"[{decimals(3)(value[1])}, {decimals(3)(value[2])}]"
+
+
+def _difference(value: tuple[float, float, float] | None) -> str | None:
+    return None if value is None else interval(*value)
 
 
 def _costs(study: StrengthStudyFile) -> Block:

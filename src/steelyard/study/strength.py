@@ -31,7 +31,8 @@ from steelyard.recipe import check as check_recipe
 from steelyard.run_dir import write_json_atomic
 from steelyard.stages import Files, prepare, sft
 from steelyard.study.folder import StudyFolder
-from steelyard.study.strength_compare import Run, compare, tables
+from steelyard.study.strength_compare import compare, tables
+from steelyard.study.strength_runs import Run
 
 APART = 1000  # member m of a run has the seed of the run + m: runs with neighbouring seeds would share members
 BACKENDS: dict[str, Settings] = {name: {"backend": name} for name in ("full", "lora", "layers", "head")}

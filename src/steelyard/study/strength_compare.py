@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,68 +11,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import expit
 
 from steelyard.errors import InputError
-from steelyard.measure import read_scores
 from steelyard.members.cost import Cost
 from steelyard.strength import detection, groups, spearman
-from steelyard.types import Preference
+from steelyard.study.strength_intervals import auroc_intervals
+from steelyard.study.strength_runs import Run
 
 GROUPS = 20
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One ensemble: margins (NaN: no vote), the truth of each pair (1 right, -1 wrong, 0 unknown), and costs.
-
-    `longer_N` is by how many characters the chosen text is longer, `index_N` which pair of the file a column is.
-    """
-
-    backend: str
-    scoring: str
-    seed: int
-    margins_MN: Float[np.ndarray, "M N"]
-    truth_N: Int[np.ndarray, "N"]
-    longer_N: Float[np.ndarray, "N"]
-    index_N: Int[np.ndarray, "N"]
-    shared: Cost
-    members: list[Cost]
-
-    @classmethod
-    def read(
-        cls,
-        folder: Path,
-        *,
-        backend: str,
-        scoring: str,
-        seed: int,
-        shared: Cost,
-        members: list[Cost],
-        preferences: Sequence[Preference],
-        truth: dict[str, int],
-    ) -> Run:
-        """From a folder of `measure`."""
-        scores, index = read_scores(folder)
-        pairs = [preferences[i] for i in index]
-        return cls(
-            backend, scoring, seed,
-            (scores[..., 0] - scores[..., 1]).astype(np.float64),
-            np.array([truth.get(p.id, 0) for p in pairs]),
-            np.array([len(p.chosen) - len(p.rejected) for p in pairs], dtype=float),
-            np.array(index), shared, members,
-        )  # fmt: skip
-
-    def strength(self, M: int | None = None) -> Float[np.ndarray, "N"]:
-        """Mean margin over the votes of the first M members; NaN where none of them voted."""
-        votes = self.margins_MN[:M]
-        voters = (~np.isnan(votes)).sum(0)
-        return np.where(voters > 0, np.nansum(votes, 0) / np.maximum(voters, 1), np.nan)
-
-    def cost(self, M: int) -> Cost:
-        """Of the first M members, one after the other, with what they share."""
-        total = self.shared
-        for member in self.members[:M]:
-            total = total.plus(member)
-        return total
 
 
 def compare(runs: Sequence[Run], sizes: Sequence[int], reference: str, *, same_pairs: bool) -> Row:
@@ -88,6 +31,8 @@ def compare(runs: Sequence[Run], sizes: Sequence[int], reference: str, *, same_p
         for M in sorted(sizes):
             values = [quality(r, M, whole.get(r.seed)) | price(r, M, one[r.seed]) for r in held]
             rows.append({"backend": backend, "scoring": scoring, "members": M, **spread(values)})
+    intervals = auroc_intervals(by_kind, sizes, reference, same_pairs=same_pairs)
+    rows = [row | intervals[row["backend"], row["scoring"], row["members"]] for row in rows]
     scorers = []
     for (backend, scoring), held in by_kind.items():
         for name, score in SCORERS.items():
@@ -99,6 +44,7 @@ def compare(runs: Sequence[Run], sizes: Sequence[int], reference: str, *, same_p
         "kind": "strength",
         "reference": reference,
         "seeds": list(one),
+        "unit": runs[0].drawn().name,
         "pairs": int(np.mean([len(r.truth_N) for r in alone])),
         "wrong": int(np.mean([(r.truth_N < 0).sum() for r in alone])),
         "one_model": spread([{"tokens": c.tokens, "cpu": c.cpu, "wall": c.wall} for c in one.values() if c]),
@@ -278,22 +224,39 @@ def _spearman(first: Any, second: Any) -> float | None:
 def tables(found: Row) -> list[Row]:
     """The summary's tables."""
     rows = [
-        [r["scoring"], r["backend"], r["members"], _text(r["auroc"]), _text(r["average_precision"]),
-         _text(r["monotonicity"]), _text(r["rank_correlation"]), _short(r["tokens_of_one"]), _short(r["cpu_of_one"])]
+        [r["scoring"], r["backend"], r["members"], _share(r["voted"]), _text(r["auroc"]), _between(r["auroc_interval"]),
+         _between(r["auroc_difference"], signed=True), _text(r["average_precision"]), _text(r["monotonicity"]),
+         _text(r["rank_correlation"]), _short(r["tokens_of_one"]), _short(r["cpu_of_one"])]
         for r in sorted(found["rows"], key=lambda r: r["scoring"])
     ]  # fmt: skip
     longer = found["longer"]
-    rows.append(["", "longer text", None, _text(longer["auroc"]), _text(longer["average_precision"]), *[""] * 4])
+    rows.append(
+        ["", "longer text", None, "", _text(longer["auroc"]), "", "", _text(longer["average_precision"]), *[""] * 4]
+    )
     return [
         {
             "title": "Finding wrong labels: quality and cost",
-            "columns": ["scoring", "backend", "members", "AUROC", "average precision", "monotonicity",
+            "columns": ["scoring", "backend", "members", "voted", "AUROC", "95 % interval",
+                        f"less all {found['reference']}", "average precision", "monotonicity",
                         f"rank correlation with {found['reference']}", "tokens", "CPU"],
             "rows": rows,
-            "note": f"Mean ± std over {len(found['seeds'])} seeds. Tokens and CPU in units of one {found['reference']} "
-            "model; what members share is in every row.",
+            "note": f"Mean ± std over {len(found['seeds'])} seeds; bootstrap intervals over seeds and {found['unit']}. "
+            f"Voted: share of pairs that these members judge. Less all {found['reference']}: paired, on the pairs that "
+            f"both judge. Tokens and CPU in units of one {found['reference']} model; what members share is in every "
+            "row.",
         }
     ]  # fmt: skip
+
+
+def _share(value: Row) -> str:
+    return "" if value["mean"] is None else f"{value['mean']:.0%}"
+
+
+def _between(value: Sequence[float] | None, *, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    mean, low, high = value
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if signed else f"[{low:.3f}, {high:.3f}]"
 
 
 def _text(value: Row) -> str:
