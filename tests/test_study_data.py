@@ -499,6 +499,21 @@ def test_wrong_settings_are_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward": {"max_length": 96}}, "strength.max_length = 512, but reward.max_length = 96: both must be equal"),
+        (
+            {"strength": {"on_overlong": "drop"}},
+            "strength.on_overlong = drop, but reward.on_overlong = truncate-prompt",
+        ),
+    ],
+)
+def test_strength_and_reward_models_must_read_the_same_pairs(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check(DataStudy.model_validate({"world": {}, "sft": {}} | changes))
+
+
 def test_the_study_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "data"]) == 2
     assert "name the study" in capsys.readouterr().err

@@ -122,6 +122,7 @@ def check(study: DataStudy) -> DataStudy:
     if study.needs_members():
         study = _with_members(study)
     recipe.check(study)
+    _check_tokens(study)
     _check_arms(study)
     if study.wants("bands_repair"):
         _check_bands_repair(study)
@@ -172,6 +173,22 @@ def _check_arms(study: DataStudy) -> None:
             raise InputError(f"repair.{name}: recipe keep is the arm {PLAIN}; leave it out")
         if name in SCORER_NAMES:
             raise InputError(f"repair.{name}: this name belongs to a scorer; choose another")
+
+
+def _check_tokens(study: DataStudy) -> None:
+    """Strength and reward models must read the same pairs: which are too long depends on these settings."""
+    reward = recipe.reward_config(study, RepairOptions(), data="", model="", validation={})
+    measured: dict[str, Any] = recipe.strength_config(study, study.repair_from, data="", model="").model_dump()
+    where = "strength"
+    if study.strength_folder is not None and (path := Path(study.strength_folder) / "config.json").exists():
+        measured, where = measured | json.loads(path.read_text()), f"strength_folder: {path}:"
+    for name in ("max_length", "on_overlong"):
+        if measured[name] != getattr(reward, name):
+            join = " " if where.endswith(":") else "."
+            raise InputError(
+                f"{where}{join}{name} = {measured[name]}, but reward.{name} = {getattr(reward, name)}: both must be "
+                "equal, or the ensemble and the reward models would read different pairs"
+            )
 
 
 def _check_bands_repair(study: DataStudy) -> None:
