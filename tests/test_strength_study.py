@@ -359,6 +359,7 @@ def test_on_files_every_seed_shares_data_and_passes(language_model: Folders, tmp
     [
         ({"seeds": [1, 1]}, "seeds: must differ"),
         ({"sizes": [0, 2]}, "sizes: an ensemble has at least one member"),
+        ({"backends": {"a/b": {"backend": "head"}, "a-b": {"backend": "head"}}}, "backends: 'a/b' and 'a-b' differ"),
         ({"sizes": [1, 3]}, "backends.whole: .*multiple of folds"),
         ({"backends": {"head": {"backend": "head", "member": {"epochs": 2}}}}, "backends.head: member: no effect"),
         ({"backends": {"x": {"backend": "full", "workers": 2}}}, "backends.x: workers is filled in"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,10 +245,27 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"repair_from = {recipe.repair_from} must be one of scorings = {list(recipe.scorings)}")
     if not recipe.repair:
         raise InputError("repair: name at least one arm, such as `plain: {recipe: keep}`")
+    distinct_names("repair", recipe.repair)
     _check_files(recipe)
     _check_stages(recipe)
     if recipe.policy is not None:
         _check_policy(recipe, recipe.policy)
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return name.replace(",", "").replace(" ", "-").replace("/", "-")
+
+
+def distinct_names(field: str, names: Iterable[str]) -> None:
+    """Raise InputError where two names become the same file or folder name: one would take the other's results."""
+    by_slug: dict[str, str] = {}
+    for name in names:
+        if (other := by_slug.setdefault(slug(name), name)) != name:
+            raise InputError(
+                f"{field}: {other!r} and {name!r} differ only in spaces, hyphens, slashes or commas, and would share "
+                "their files; rename one"
+            )
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -34,7 +34,7 @@ from steelyard.evaluate.seeds import compare_arms
 from steelyard.evaluate.units import Units, units_of
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import DataConfig, Recipe, Settings, build, check
+from steelyard.recipe import DataConfig, Recipe, Settings, build, check, distinct_names
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.stages import Files, prepare, sft
 from steelyard.study.folder import StudyFolder, difference_table, mean_curves
@@ -96,9 +96,10 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
 
 
 def require_arms(arms: Collection[str], control: str, seeds: tuple[int, ...]) -> None:
-    """Raise InputError unless the control is an arm and no seed stands twice."""
+    """Raise InputError unless the control is an arm, no seed stands twice, and no two arms share a folder."""
     if control not in arms:
         raise InputError(f"control must be one of the arms {list(arms)}, got {control!r}")
+    distinct_names("arms", arms)
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds must differ from each other, got {list(seeds)}: a repeated run is no evidence")
 

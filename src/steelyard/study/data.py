@@ -20,7 +20,7 @@ from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import build
+from steelyard.recipe import build, slug
 from steelyard.stages import Files, prepare, sft, weigh
 from steelyard.study import data_sets
 from steelyard.study.data_config import PLAIN, DataStudy, allow_more, check
@@ -195,7 +195,7 @@ class _Maker:
         label = settings.pop("label", data.name)
         order = settings.pop("order", seed)
         name_of_seed = f"seed-{seed}" if order == seed else f"seed-{seed}-order-{order}"
-        folder = self.start.out / "models" / data_sets.slug(label) / f"{steps}-steps" / name_of_seed
+        folder = self.start.out / "models" / slug(label) / f"{steps}-steps" / name_of_seed
         rows = data_sets.full_batches(len(data.pairs), self.batch_size, seed)
         filled = {"seed": order, "epochs": steps / (len(rows) // self.batch_size)}
         filled |= {"margin_in_flip": data.margin_in_flip} | settings
@@ -264,7 +264,7 @@ class _Maker:
         return build(RewardConfig, "reward", self.study.reward | filled, data=data, model=model)
 
     def _written(self, data: DataSet) -> str:
-        path = self.start.out / "sets" / f"{data_sets.slug(data.name)}.jsonl"
+        path = self.start.out / "sets" / f"{slug(data.name)}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_preferences(data.pairs, path)

@@ -167,12 +167,17 @@ def _check_arms(study: DataStudy) -> None:
         return
     if study.repair.get(PLAIN) != {"recipe": "keep"}:
         raise InputError(f"repair.{PLAIN}: all arms are compared with it; it must be there, as `{{recipe: keep}}`")
+    written = []
     for name, settings in study.repair.items():
         options = build(RepairOptions, f"repair.{name}", settings)
+        # A random flip is another data set with each seed, named as in `data_sets.arm_set`.
+        seeded = [f"{name}, seed {options.seed + seed}" for seed in study.seeds]
+        written += seeded if options.recipe == "random flip" else [name]
         if options.recipe == "keep" and name != PLAIN:
             raise InputError(f"repair.{name}: recipe keep is the arm {PLAIN}; leave it out")
         if name in SCORER_NAMES:
             raise InputError(f"repair.{name}: this name belongs to a scorer; choose another")
+    recipe.distinct_names("repair", written)
 
 
 def _check_tokens(study: DataStudy) -> None:

@@ -51,11 +51,6 @@ class Input:
         return None if self.truth is None else {i for i, t in self.truth.items() if t < 0}
 
 
-def slug(name: str) -> str:
-    """A name as part of a path."""
-    return name.replace(",", "").replace(" ", "-").replace("/", "-")
-
-
 def order(strengths: Sequence[Strength]) -> Int[np.ndarray, "N"]:
     """Positions of the pairs, weakest first."""
     return np.argsort(np.array([s.mean for s in strengths]), kind="stable")

@@ -26,7 +26,7 @@ from steelyard.members.lora import require_peft
 from steelyard.members.run import prepare as prepare_members
 from steelyard.members.run import shared_tokens
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import DataConfig, Recipe, Settings, build
+from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names
 from steelyard.recipe import check as check_recipe
 from steelyard.run_dir import write_json_atomic
 from steelyard.stages import Files, prepare, sft
@@ -100,6 +100,7 @@ def check_study(study: StrengthStudy) -> None:
         values = getattr(study, field)
         if len(set(values)) < len(values):
             raise InputError(f"{field}: must differ from each other, got {list(values)}")
+    distinct_names("backends", study.backends)
     if min(study.sizes) < 1:
         raise InputError(f"sizes: an ensemble has at least one member, got {list(study.sizes)}")
     if study.data is not None:
