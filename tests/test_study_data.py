@@ -23,7 +23,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.report import build_report
 from steelyard.study import data_sets
 from steelyard.study.data_config import BandsRepairConfig, DataStudy, check
-from steelyard.study.data_models import average, ensemble_scores, load_scores, start_model
+from steelyard.study.data_models import Job, average, ensemble_scores, load_scores, start_model, train_and_score
 from steelyard.study.data_tables import findings, mean_curve
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.types import Preference, Strength
@@ -561,6 +561,25 @@ def test_the_report_shows_every_analysis(whole: Path, tmp_path: Path) -> None:
     (part / "study.json").write_text(json.dumps(found | {"seeds": "many"}))
     with pytest.raises(InputError, match=r"study.json: field seeds"):
         build_report(part)
+
+
+def test_a_model_that_counts_as_done_has_its_cost(
+    tmp_path: Path, language_model: Folders, planted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RewardConfig(data=planted["clean"], model=language_model("llama"), max_length=64, optim=OPTIM)
+    job = Job(tmp_path / "one", config, list(range(8)), planted["held-out"])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("steelyard.study.data_models.save_scores", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_score(job)
+    assert (job.folder / "cost.json").exists()
+    assert not job.done
+    train_and_score(job)
+    assert job.done
 
 
 def test_scores_are_stored_with_their_ids(whole: Path) -> None:

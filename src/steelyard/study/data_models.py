@@ -64,9 +64,11 @@ def train_and_score(job: Job) -> None:
         began = time.perf_counter()
         result = train_reward(job.config, job.folder, resume=True, quiet=True, rows=job.rows)
         trained = time.perf_counter() - began
-        save_scores(scored, *score(job.folder / "model", job.config, job.examined_on))
+        found = score(job.folder / "model", job.config, job.examined_on)
         cost = {"training_seconds": trained, "seconds": time.perf_counter() - began, "steps": result["steps"]}
+        # The scores last: a model that has them counts as done, and the tables read the cost of every done model.
         write_json_atomic(job.folder / "cost.json", cost)
+        save_scores(scored, *found)
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     if not job.keep:
         shutil.rmtree(job.folder / "model", ignore_errors=True)
