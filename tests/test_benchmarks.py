@@ -231,6 +231,10 @@ def test_rewardbench_2_names_what_is_missing() -> None:
     lost = parts(rewardbench2(items, [*rewards[:-1], None]))
     assert lost["Ties"]["missing"] == ["Ties (1 rows longer than max_length)"]
     assert lost["overall"]["score"] is None
+    short = [None if it.subset == "Ties" else r for it, r in zip(items, rewards, strict=True)]
+    lost = parts(rewardbench2(items, short))
+    assert (lost["Ties"]["n"], lost["Ties"]["missing"]) == (0, ["Ties (2 rows longer than max_length)"])
+    assert lost["overall"]["present"][0] == pytest.approx(0.75)
     assert json.dumps(result, allow_nan=False)
 
 

@@ -161,9 +161,10 @@ def rewardbench2(items: Sequence[Item], rewards: Rewards) -> dict[str, Any]:
     details = []
     tied = [i for i, item in enumerate(items) if item.subset.lower() == "ties"]
     if tied:
-        found = ties_score({items[i].id: (r, items[i].correct) for i in tied if (r := rewards[i]) is not None}, seed=99)
+        scored = {items[i].id: (r, items[i].correct) for i in tied if (r := rewards[i]) is not None}
         lost = sum(rewards[i] is None for i in tied)
-        subsets["Ties"] = (found["score"], len(tied) - lost, lost)
+        found = ties_score(scored, seed=99) if scored else {}
+        subsets["Ties"] = (found.get("score"), len(tied) - lost, lost)
         details = [_score(f"Ties: {n}", "Ties", drawn, len(tied) - lost) for n, drawn in found.items() if n != "score"]
     parts = [_detail(s, "", subsets, n) for s, n in REWARDBENCH2.items()]
     draws = {p["name"]: (subsets[p["name"]][0] if p["n"] else None, p["missing"]) for p in parts}
