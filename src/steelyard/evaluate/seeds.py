@@ -22,7 +22,10 @@ def mean_over_seeds(
     """(mean, low, high) of S runs on the same N examples: seeds and clusters (prompts, or units) are both drawn anew.
 
     A percentile bootstrap of a crossed design; see `interval_over_seeds`. With one seed the interval is over clusters
-    alone, and says nothing about another seed. For differences between two arms give the values' differences: what the
+    alone, and says nothing about another seed. Few seeds cover too little: where their variance dominates (std .04,
+    N = 800 pairs), 95 % intervals held the truth in 85 / 90 / 93 % of 800 simulations with 2 / 3 / 5 seeds.
+
+    For differences between two arms give the values' differences: what the
     arms share (examples, data order, head) then cancels.
 
     Raises:
