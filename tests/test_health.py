@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 import tiny
 from steelyard.cli import main
 from steelyard.errors import InputError
-from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, read_weighed
+from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, read_weighed, training_length
 from steelyard.evaluate.health import accuracy_groups, by_length, checkup, correlation, cross_fit, length_bias, scale
 from steelyard.evaluate.reward import bootstrap_mean, estimate, resampled_sums
 from steelyard.strength import fit_temperature
@@ -205,6 +205,22 @@ def test_two_models_one_report(
     for title in ("Health of the reward models", "Fitted temperature", "Accuracy by length difference", "Reward and"):
         assert title in page
     assert "Accuracy by strength" in page
+
+
+def test_a_model_is_examined_with_the_length_of_its_training(
+    planted_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(planted_reward / "model")
+    assert training_length(model, None) == 64
+    assert training_length(model, 64) == 64
+    assert capsys.readouterr().out == ""
+    assert training_length(model, 32) == 32
+    assert "was trained with max_length = 64 and is examined with 32" in capsys.readouterr().out
+    config = json.loads((planted_reward / "model" / "config.json").read_text())
+    del config["steelyard_max_length"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert training_length(str(tmp_path), None) == 512
+    assert "does not say with which max_length it was trained; 512 is taken" in capsys.readouterr().out
 
 
 def test_strengths_may_come_from_a_folder(planted_reward: Path, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from steelyard.evaluate.benchmarks import PRIOR_SETS, rewardbench, rewardbench2,
 from steelyard.evaluate.health import checkup
 from steelyard.evaluate.reward import examine
 from steelyard.evaluate.units import units_of
+from steelyard.models.load import read_config
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.types import Preference
 
+UNKNOWN_LENGTH = 512
 Found = Mapping[str, Mapping[str, Any]]
 
 
@@ -34,7 +36,9 @@ class RewardEvaluationConfig(Config):
     data: tuple[str, ...] | None = Field(
         None, min_length=1, description="preference files, each examined by itself; none: benchmarks only"
     )
-    max_length: int = Field(512, ge=8, description="tokens of prompt and one response together: as in training")
+    max_length: int | None = Field(
+        None, ge=8, description="tokens of prompt and one response together; none given: as each model was trained"
+    )
     on_invalid: OnInvalid = Field("error", description="malformed rows of preference files: error or skip")
     strength: str | None = Field(
         None, description="folder of `steelyard strength` on these files; none: the strength columns of the files"
@@ -75,7 +79,7 @@ def examine_models(config: RewardEvaluationConfig) -> dict[str, dict[str, Any]]:
     examined: dict[str, Any] = {}
     scored: list[dict[str, Any]] = []
     for arm, folder in _model_names(config.model).items():
-        model, encoder = open_model(folder, max_length=config.max_length)
+        model, encoder = open_model(folder, max_length=training_length(folder, config.max_length))
         if sets:
             examined[arm] = examine_sets(model, encoder, sets, weighed=weighed, on_invalid=config.on_invalid)
         scored += [{"arm": arm} | score(model, encoder, 4096) for score in benchmarks.values()]
@@ -123,6 +127,23 @@ def read_weighed(folder: str) -> Weighed:
     except (OSError, ValueError) as error:
         raise InputError(f"{places[0] / 'strength.parquet'}: cannot be read ({error}); weigh the pairs again") from None
     return Weighed(folder, {r["id"]: (r["chosen"], r["rejected"], float(r["strength_mean"])) for r in rows})
+
+
+def training_length(folder: str, asked: int | None) -> int:
+    """The `max_length` to examine a model with: the one asked for, else that of its training, kept in its config.
+
+    Says so where the two differ, and where a checkpoint of earlier versions or other tools keeps none (then 512).
+    """
+    trained: int | None = getattr(read_config(folder), "steelyard_max_length", None)
+    if asked is None and trained is None:
+        print(f"{folder}: does not say with which max_length it was trained; {UNKNOWN_LENGTH} is taken", flush=True)
+    elif asked is not None and trained is not None and asked != trained:
+        print(
+            f"{folder}: was trained with max_length = {trained} and is examined with {asked}: long pairs are cut or "
+            "left out otherwise than in training; leave max_length out to examine it as it was trained",
+            flush=True,
+        )
+    return asked or trained or UNKNOWN_LENGTH
 
 
 def open_model(

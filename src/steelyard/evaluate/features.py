@@ -21,6 +21,7 @@ from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
+from steelyard.evaluate.examination import training_length
 from steelyard.evaluate.reward import bootstrap_mean
 from steelyard.evaluate.units import Units, units_of
 from steelyard.models.reward import RewardModel
@@ -49,7 +50,9 @@ class FeatureConfig(FeatureOptions):
         min_length=1, description="name and folder of each reward model: --models NAME FOLDER ..."
     )
     data: str = Field(description="preference file, with pairs that the models did not train on")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and one response together: as in training")
+    max_length: int | None = Field(
+        None, ge=8, description="tokens of prompt and one response together; none given: as each model was trained"
+    )
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer pairs")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
@@ -65,7 +68,8 @@ class Features(NamedTuple):
 def examine_features(name: str, config: FeatureConfig) -> dict[str, Any]:
     """One model's entry in examine/features.json: figures with intervals, and its picture."""
     folder = config.models[name]
-    encoder = Encoder.load(folder, max_length=config.max_length, on_overlong=config.on_overlong)
+    length = training_length(folder, config.max_length)
+    encoder = Encoder.load(folder, max_length=length, on_overlong=config.on_overlong)
     pairs = load_preferences(config.data, on_invalid=config.on_invalid).preferences
     encoded = encoder.encode(pairs)
     trees = encoded.trees[: config.limit]

@@ -25,8 +25,8 @@ def mean_over_seeds(
     alone, and says nothing about another seed. Few seeds cover too little: where their variance dominates (std .04,
     N = 800 pairs), 95 % intervals held the truth in 85 / 90 / 93 % of 800 simulations with 2 / 3 / 5 seeds.
 
-    For differences between two arms give the values' differences: what the
-    arms share (examples, data order, head) then cancels.
+    For differences between two arms give the values' differences: what the arms share (examples, data order, head)
+    then cancels.
 
     Raises:
         ValueError: `values` is not (S, N) with one cluster for each of the N.

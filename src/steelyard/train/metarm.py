@@ -165,6 +165,7 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
         sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
         normal = model.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
         model.set_normal(float(normal.mean()), float(normal.std()))
+        model.hf.config.steelyard_max_length = config.max_length
         model.save(out / "model", encoder)
         result = {
             "steps": steps,

@@ -178,6 +178,7 @@ def train_reward(
         sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
         rewards = scorer.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
         model.set_normal(float(rewards.mean()), float(rewards.std()))
+        model.hf.config.steelyard_max_length = config.max_length
         model.save(out / "model", encoder)
         result: dict[str, Any] = {
             "steps": steps,
