@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import tiny
 from conftest import Folders
 from steelyard import baselines
-from steelyard.baselines import BaselineConfig, fingerprint, read_baselines, sample_baselines
+from steelyard.baselines import BaselineConfig, fingerprint, outlook, read_baselines, sample_baselines, variances
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
@@ -111,3 +113,29 @@ def test_files_of_other_models_are_refused(folders: tuple[str, str], planted: di
     refuse("no such baseline file", tmp_path / "none.parquet")
     refuse("must be a baseline file", Path(planted["prompts"]))
     refuse("have no scores", sample_baselines(configure(planted, folders, reward_model=None), tmp_path))
+
+
+def test_variances_by_hand() -> None:
+    found = variances(np.array([[1.0, 3.0], [5.0, 7.0]]))  # within: 2 and 2; the means 2 and 6 vary by 8
+    assert found.within == pytest.approx(2)
+    assert found.between == pytest.approx(7)
+    assert found.plain == pytest.approx(9)
+    assert [found.contrastive(k) for k in (1, 2)] == pytest.approx([4, 3])
+    with pytest.raises(ValueError, match="K >= 2"):
+        variances(np.zeros((4, 1)))
+
+
+def test_the_outlook_is_the_ratio_of_the_variances(tmp_path: Path) -> None:
+    def said(rewards: list[float], k: int) -> str:
+        path = tmp_path / f"{k}-{len(rewards)}.parquet"
+        table = pa.table({"reward": rewards}).replace_schema_metadata({"steelyard": json.dumps({"k": k})})
+        pq.write_table(table, path)
+        return outlook(path)
+
+    # Between 7, within 2: plain 9, contrastive 2 (1 + 1/2) = 3.
+    assert "78 %" in said([1.0, 3.0, 5.0, 7.0], 2)
+    assert "0.33 times" in said([1.0, 3.0, 5.0, 7.0], 2)
+    # Nothing between prompts: contrastive rewards only add the baselines' own noise.
+    assert "1.50 times" in said([1.0, 3.0, 3.0, 1.0], 2)
+    assert "too few" in said([1.0, 2.0], 1)
+    assert "same reward" in said([1.0] * 6, 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from steelyard.baselines import variances
 from steelyard.cli import main
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences, load_prompts
@@ -30,7 +31,6 @@ from steelyard.study.policy_curves import (
     line,
     reached,
     simulate_contrast,
-    variances,
 )
 from steelyard.study.policy_jobs import Exam, load_arrays
 from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
@@ -121,15 +121,6 @@ class TestCurves:
             at_kl(np.zeros((3, 2)), np.zeros(2), 1.0)
         with pytest.raises(ValueError, match="at least 0"):
             at_kl(np.zeros((2, 2)), np.zeros(2), -1.0)
-
-    def test_variances_by_hand(self) -> None:
-        found = variances(np.array([[1.0, 3.0], [5.0, 7.0]]))  # within: 2 and 2; the means 2 and 6 vary by 8
-        assert found.within == pytest.approx(2)
-        assert found.between == pytest.approx(7)
-        assert found.plain == pytest.approx(9)
-        assert [found.contrastive(k) for k in (1, 2)] == pytest.approx([4, 3])
-        with pytest.raises(ValueError, match="K >= 2"):
-            variances(np.zeros((4, 1)))
 
     def test_the_prediction_holds_for_normal_rewards(self) -> None:
         rng = np.random.default_rng(3)

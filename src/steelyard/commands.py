@@ -14,7 +14,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard.baselines import BaselineConfig, outlook, sample_baselines
 from steelyard.cli import VERBS
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
@@ -227,7 +227,10 @@ def repair_command(args: Args) -> None:
 def sample_command(args: Args) -> None:
     """Offline baselines."""
     config, extra = parse(BaselineConfig, args, verb="sample", about=VERBS["sample"], out=OUT)
-    print(f"baselines: {sample_baselines(config, extra.out)}")
+    path = sample_baselines(config, extra.out)
+    if config.reward_model is not None:
+        print(outlook(path))
+    print(f"baselines: {path}")
 
 
 def evaluate_reward(args: Args) -> None:

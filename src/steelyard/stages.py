@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steelyard.baselines import sample_baselines
+from steelyard.baselines import outlook, sample_baselines
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
@@ -253,6 +253,7 @@ def baselines(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, ou
         # Small models gain nothing from more threads, and beside another busy process lose a factor of twenty.
         job = (config, out / "baselines")
         (path,) = run_jobs(sample_baselines, [job], workers=1, threads=recipe.threads, labels=[f"baselines, {arm}"])
+        print(f"  {arm}: {outlook(path)}", flush=True)
         scored[arm] = str(path)
     return scored
 

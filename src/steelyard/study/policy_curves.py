@@ -7,7 +7,6 @@ Over-optimisation is read off reward against sqrt(KL) (Gao et al., arXiv 2210.10
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -45,38 +44,6 @@ def at_kl(values_JX: Float[Array, "J X"], kl_J: Float[Array, "J"], kl: float) ->
         return values_JX[0]
     weight = min((target - root_J[j - 1]) / (root_J[j] - root_J[j - 1]), 1.0)
     return (1 - weight) * values_JX[j - 1] + weight * values_JX[j]
-
-
-class Variances(NamedTuple):
-    """Of rewards for responses of one policy: between prompts (tau2), within a prompt (s2)."""
-
-    between: float
-    within: float
-
-    @property
-    def plain(self) -> float:
-        """Variance of a reward: tau^2 + s^2."""
-        return self.between + self.within
-
-    def contrastive(self, k: int) -> float:
-        """Variance of a reward less the mean of k others of the same policy: s^2 (1 + 1/k)."""
-        return self.within * (1 + 1 / k)
-
-
-def variances(rewards_NK: Float[Array, "N K"]) -> Variances:
-    """Unbiased estimates from K >= 2 independent responses to each of N >= 2 prompts.
-
-    s^2: the mean over prompts of the sample variance. tau^2: the sample variance of the prompts' means less s^2 / K;
-    where that is negative, 0.
-
-    Raises:
-        ValueError: too few prompts or responses.
-    """
-    if rewards_NK.ndim != 2 or min(rewards_NK.shape) < 2:
-        raise ValueError(f"rewards must be (N, K) with N, K >= 2, got {rewards_NK.shape}")
-    within = float(rewards_NK.var(1, ddof=1).mean())
-    between = float(rewards_NK.mean(1).var(ddof=1)) - within / rewards_NK.shape[1]
-    return Variances(max(between, 0.0), within)
 
 
 def contrasted(current_NK: Float[Array, "N K"], baselines_Nk: Float[Array, "N k"], k: int) -> Float[Array, "N K"]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from steelyard.baselines import variances
 from steelyard.study.folder import mean_curves
 from steelyard.study.policy_config import Cell, PolicyStudy, members
-from steelyard.study.policy_curves import contrasted, correlation_interval, errors, line, variances
+from steelyard.study.policy_curves import contrasted, correlation_interval, errors, line
 from steelyard.study.policy_jobs import read_metrics
 from steelyard.study.policy_runs import Row, Runs, examined, named, value_row
 
