@@ -26,7 +26,6 @@ from steelyard.evaluate.endpoint import Endpoint, JudgeError, Replies
 from steelyard.evaluate.judge import SYSTEM, JudgeConfig, ask_about, judge, judge_points, matches, read_verdict
 from steelyard.evaluate.policy import Answers
 from steelyard.models.reward import RewardModel
-from steelyard.recipe import PolicyConfig
 from steelyard.stages import judge_all
 from steelyard.types import Message, Prompt
 
@@ -608,9 +607,9 @@ def test_a_recipe_judges_once_what_its_policies_said(server: Server, tmp_path: P
         name: Answers([[t], [t]], None, zeros, zeros, zeros, zeros + 1) for name, t in (("SFT", "bad"), ("PPO", "good"))
     }
     write_answers(tmp_path / "evaluate" / "answers", held, ["p", "q"])
-    policy = PolicyConfig(judge={"url": server.url, "model": "wise"})
+    config = JudgeConfig(url=server.url, model="wise")
     for _ in range(2):
-        judge_all(policy, tmp_path)
+        judge_all(config, tmp_path)
     assert len(server.bodies) == 4
     (row,) = json.loads((tmp_path / "evaluate" / "judge.json").read_text())["wins"]
     assert (row["a"], row["b"]) in {("PPO", "SFT"), ("SFT", "PPO")}

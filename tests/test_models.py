@@ -313,8 +313,9 @@ def test_a_trunk_run_in_two_parts_is_the_trunk(reward_model: Folders) -> None:
     )
 
 
-def test_bfloat16_products_keep_float32_weights_states_and_gradients(reward_model: Folders) -> None:
-    folder = reward_model("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_products_keep_float32_weights_states_and_gradients(family: str, reward_model: Folders) -> None:
+    folder = reward_model(family)
     exact, rough = RewardModel.load(folder), RewardModel.load(folder, precision="bfloat16")
     batch = collate(TREES, tiny.PAD)
     assert run_trunk(rough.trunk, batch, "bfloat16").states_TD.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,25 +72,26 @@ class Models:
 
     def __init__(self, config: PPOConfig) -> None:
         self.encoder = Encoder.load(config.policy, max_length=config.max_length)
-        folders, precision = config.reward_models, config.precision
+        folders, precision, device = config.reward_models, config.precision, config.device
         reference = config.policy if config.reference is None else config.reference
         for folder in folders if reference == config.policy else (*folders, reference):
             _require_tokenizer(self.encoder, folder, config)
         sampling = config.sampling
         self.how = Drawing(sampling.temperature, sampling.top_p, sampling.repetition_penalty)
-        self.policy = PolicyModel.load(config.policy, precision=precision, logit_chunk=config.logit_chunk)
+        how: dict[str, Any] = {"precision": precision, "logit_chunk": config.logit_chunk, "device": device}
+        self.policy = PolicyModel.load(config.policy, **how)
         self.reference: PolicyModel | None = None
         if config.lora.rank is None or reference != config.policy:
-            self.reference = PolicyModel.load(reference, precision=precision, logit_chunk=config.logit_chunk)
+            self.reference = PolicyModel.load(reference, **how)
             self.reference.requires_grad_(False)
         if config.lora.rank is not None:
             self.policy.adapt(config.lora, seed=config.seed)
-        members = [RewardModel.load(f, precision=precision).requires_grad_(False) for f in folders]
+        members = [RewardModel.load(f, precision=precision, device=device).requires_grad_(False) for f in folders]
         self.critic: RewardModel | ValueHead | None = None
         if config.advantage == "gae" and config.critic_model == "shared":
-            self.critic = ValueHead(self.policy.hf.get_output_embeddings().weight.shape[1])
+            self.critic = ValueHead(self.policy.hf.get_output_embeddings().weight.shape[1]).to(device)
         elif config.advantage == "gae":
-            self.critic = RewardModel.load(folders[0], precision=precision)
+            self.critic = RewardModel.load(folders[0], precision=precision, device=device)
         normals = [m.normal if config.normalise else (0.0, 1.0) for m in members]
         for folder, (_, std) in zip(folders, normals, strict=True):
             if not std > 0:

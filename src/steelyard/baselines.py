@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
@@ -46,6 +46,7 @@ class BaselineConfig(Config):
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
     max_tokens: int = Field(8192, ge=16, description="tokens scored at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunks")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="of the sampling")
 
 
@@ -191,7 +192,7 @@ def outlook(path: str | Path) -> str:
 
 
 def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Prompt]) -> pa.Table:
-    policy = PolicyModel.load(config.policy, precision=config.precision)
+    policy = PolicyModel.load(config.policy, precision=config.precision, device=config.device)
     ids = [encoder.prompt_ids(p) for p in prompts]
     room = config.max_length - config.sampling.max_new_tokens
     fits = [i for i, x in enumerate(ids) if len(x) <= room]
@@ -226,7 +227,7 @@ def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Promp
 def _score(config: BaselineConfig, encoder: Encoder, table: pa.Table) -> Float[np.ndarray, "N"]:
     if config.reward_model is None:
         raise ValueError("scoring needs a reward model")
-    model = RewardModel.load(config.reward_model, precision=config.precision)
+    model = RewardModel.load(config.reward_model, precision=config.precision, device=config.device)
     prompts, responses = table["prompt_tokens"].to_pylist(), table["response_tokens"].to_pylist()
     starts = range(0, len(prompts), config.k)
     trees = [Tree(tuple(prompts[i]), tuple(tuple(r) for r in responses[i : i + config.k])) for i in starts]

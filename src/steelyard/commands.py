@@ -294,7 +294,8 @@ def evaluate_features(args: Args) -> None:
     config, extra = parse(FeatureConfig, args, verb="evaluate features", about=VERBS["evaluate features"], out=OUT)
     target = _new(extra.out / "examine" / "features.json")
     jobs = [(name, config) for name in config.models]
-    found = run_jobs(examine_features, jobs, workers=min(len(jobs), default_workers()), labels=list(config.models))
+    workers = min(len(jobs), default_workers(config.device))
+    found = run_jobs(examine_features, jobs, workers=workers, labels=list(config.models))
     _write(target, {"set": Path(config.data).name, "models": found})
     rows = [[m["name"], r["features"], r["measure"], r["value"], r["low"], r["high"]] for m in found for r in m["rows"]]
     columns = ["model", "features", "measure", "value", "low", "high"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Config(BaseModel):
@@ -36,9 +36,35 @@ class Config(BaseModel):
         that differ from their default.
         """
         fields = type(self).model_fields
-        if self.model_fields_set != set(fields):
+        # A resolved file leaves out what is not written at its default (a device).
+        unwritten = {n for n, field in fields.items() if field.exclude_if and field.exclude_if(getattr(self, n))}
+        if self.model_fields_set | unwritten != set(fields):
             return set(self.model_fields_set)
         return {n for n, field in fields.items() if getattr(self, n) != field.get_default(call_default_factory=True)}
+
+
+def _reachable(name: str) -> str:
+    """The name of a device. Raises ValueError unless torch reaches it here."""
+    kind, colon, number = name.partition(":")
+    if name == "cpu":
+        return name
+    if kind != "cuda" or (colon and not number.isdecimal()):
+        raise ValueError(f"must be cpu, cuda or cuda:N, got {name!r}")
+    import torch
+
+    if int(number or 0) >= (found := torch.cuda.device_count()):
+        why = f"torch finds {found} CUDA devices here" if torch.version.cuda else "this torch is built without CUDA"
+        raise ValueError(f"{name!r} cannot be reached: {why}; use cpu, or mend the driver or the installation of torch")
+    return name
+
+
+Device = Annotated[
+    str,
+    AfterValidator(_reachable),
+    # Not written where it is the default, so that runs from before there were devices can be resumed.
+    Field(exclude_if=lambda name: name == "cpu", description="where the models run: cpu, cuda or cuda:N"),
+]
+"""A field `device: Device = "cpu"` of a stage that runs models."""
 
 
 _MUST = {

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from steelyard import ppo_settings
 from steelyard.baselines import BaselineConfig, fingerprint, sample_baselines
-from steelyard.config import Config, explain
+from steelyard.config import Config, Device, explain
 from steelyard.data.encode import Encoder
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
@@ -82,6 +82,7 @@ class RoundsConfig(Config):
     evaluate: PolicyEvaluationConfig = Field(
         default_factory=PolicyEvaluationConfig, description="the examination: k, seed, samples (sampling as in PPO)"
     )
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="every round's sampling and order follow from it and the round's number")
 
 
@@ -236,9 +237,14 @@ def _relative(config: RoundsConfig) -> bool:
     return bool(config.ppo.get("reward", PPOConfig.model_fields["reward"].default) != "plain")
 
 
+def _where(config: RoundsConfig) -> Settings:
+    return {"device": config.device}
+
+
 def _shared(config: RoundsConfig) -> Settings:
     """What sampling takes over from PPO where its own section does not say otherwise."""
-    return {name: config.ppo[name] for name in ("sampling", "max_length", "precision") if name in config.ppo}
+    names = ("sampling", "max_length", "precision", "device")
+    return _where(config) | {name: config.ppo[name] for name in names if name in config.ppo}
 
 
 def _meta_sample(config: RoundsConfig, number: int, policy: str) -> BaselineConfig:
@@ -263,11 +269,11 @@ def _reward(config: RoundsConfig, number: int, *, model: str, meta: str) -> Rewa
         "data": config.data or "", "model": model, "validation": config.validation, "seed": seed_of(config, number),
     }  # fmt: skip
     if config.reward != "metarm":
-        return _build(RewardConfig, "rm", config.rm, {"batch_size": 16}, **filled)
+        return _build(RewardConfig, "rm", config.rm, {"batch_size": 16} | _where(config), **filled)
     if both := set(config.rm) & set(config.meta):
         raise InputError(f"rm and meta: {', '.join(sorted(both))} stands in both; leave one out")
     filled |= {"meta": meta, "k": _meta_sample(config, number, "").k}
-    return _build(MetaRMConfig, "rm and meta", config.rm | config.meta, {}, **filled)
+    return _build(MetaRMConfig, "rm and meta", config.rm | config.meta, _where(config), **filled)
 
 
 def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
@@ -277,14 +283,14 @@ def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
     }  # fmt: skip
     if _relative(config):
         filled["baselines"] = baselines
-    return _build(PPOConfig, "ppo", config.ppo, {}, **filled)
+    return _build(PPOConfig, "ppo", config.ppo, _where(config), **filled)
 
 
 def _evaluation(config: RoundsConfig) -> PolicyEvaluationConfig:
     """The examination samples as PPO does where its own section does not say otherwise."""
-    if "sampling" in config.evaluate.given():
-        return config.evaluate
-    return config.evaluate.model_copy(update={"sampling": _ppo(config, Round(1, "", ""), baselines="").sampling})
+    others = _where(config) | {"sampling": _ppo(config, Round(1, "", ""), baselines="").sampling}
+    given = config.evaluate.given()
+    return config.evaluate.model_copy(update={name: v for name, v in others.items() if name not in given})
 
 
 # ---- examination and choice ----------------------------------------------------------------------------------------

@@ -34,8 +34,10 @@ class JobError(RuntimeError):
     """A job failed. The message names the job and holds the traceback, or the cause of death, of its process."""
 
 
-def default_workers() -> int:
-    """The number of CPUs that this process may use."""
+def default_workers(device: str = "cpu") -> int:
+    """The number of CPUs that this process may use; on a GPU 1, for jobs side by side would share its memory."""
+    if device != "cpu":
+        return 1
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):

@@ -17,7 +17,7 @@ import yaml
 
 from steelyard import stages
 from steelyard.errors import InputError
-from steelyard.recipe import Recipe, arms_by, check
+from steelyard.recipe import Recipe, arms_by, check, judge_config
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.summary import describe_run, tables
 
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
             run.stage("DPO", lambda: stages.prefer(recipe, policy, files, model, arms, out))
         run.stage("policy evaluation", lambda: stages.evaluate(recipe, policy, files, model, out))
         if policy.judge is not None:
-            run.stage("judges", lambda: stages.judge_all(policy, out))
+            run.stage("judges", lambda: stages.judge_all(judge_config(recipe, policy), out))
     about = describe_run(recipe.name, recipe.seed, began, command)
     write_json_atomic(out / "run.json", about | {"seconds": sum(s["seconds"] for s in run.stages)})
     summary = {"tables": tables(out), "stages": run.stages}

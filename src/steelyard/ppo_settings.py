@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
 from steelyard.models.trunk import Precision
@@ -103,6 +103,7 @@ class PPOConfig(Config):
         None, ge=1, description="positions whose logits are in memory at once; none given: all of max_tokens"
     )
     precision: Precision = Field("float32", description="arithmetic of the trunks; weights stay float32")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="order of the prompts and sampling")
     save_every: int = Field(20, ge=1, description="steps between checkpoints")
     sample_every: int = Field(10, ge=1, description="steps between written samples")

@@ -55,10 +55,10 @@ def features(
     groups = pack([len(t) for t in trees], max_tokens)
     with Progress(len(groups), "features", quiet=quiet or None) as progress:
         for step, group in enumerate(groups, 1):
-            batch = collate([trees[i] for i in group], pad_id)
+            batch = collate([trees[i] for i in group], pad_id, model.device)
             output = run_trunk(model.trunk, batch, model.precision, collect=layers)
             states = output.collected | {depth: output.states_TD}  # the last layer's behind the final norm
-            out[group] = torch.cat([_pool(states[layer].float(), batch) for layer in layers], -1).numpy()
+            out[group] = torch.cat([_pool(states[layer].float(), batch) for layer in layers], -1).cpu().numpy()
             progress.update(step, tokens=batch.tokens)
     out.flush()
     os.replace(temporary, path)

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, explain
+from steelyard.config import Config, Device, explain
 from steelyard.data.load import OnInvalid
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
@@ -77,7 +77,10 @@ class Recipe(Config):
     )
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all arms")
     policy: PolicyConfig | None = Field(None, description="baselines, PPO and evaluation; none given: stop before")
-    workers: int | None = Field(None, ge=1, description="arms trained side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="arms trained side by side; none given: one per CPU, on a GPU one"
+    )
     threads: int = Field(1, ge=1, description="threads of each of them")
 
 
@@ -92,6 +95,11 @@ def build(config: type[C], where: str, settings: Mapping[str, Any], **filled: An
         raise InputError(explain(error, lambda field: f"{where}.{field}")) from None
 
 
+def _everywhere(recipe: Recipe) -> Settings:
+    """What every stage that runs models has unless its section says otherwise."""
+    return {"seed": recipe.seed, "device": recipe.device}
+
+
 def world_config(recipe: Recipe) -> WorldConfig:
     """The small world's settings."""
     return build(WorldConfig, "world", {"seed": recipe.seed} | (recipe.world or {}))
@@ -100,12 +108,12 @@ def world_config(recipe: Recipe) -> WorldConfig:
 def sft_config(recipe: Recipe, *, data: str | None, tokenizer: str | None) -> SFTConfig:
     """Settings of the SFT stage; `data` and `tokenizer` are the small world's, None with the user's files."""
     world = {name: value for name, value in (("data", data), ("tokenizer", tokenizer)) if value is not None}
-    return build(SFTConfig, "sft", {"seed": recipe.seed} | (recipe.sft or {}), model=recipe.model, **world)
+    return build(SFTConfig, "sft", _everywhere(recipe) | (recipe.sft or {}), model=recipe.model, **world)
 
 
 def strength_config(recipe: Recipe, scoring: Scoring, *, data: str, model: str) -> StrengthConfig:
     """Settings of one scoring. The folds are the out-of-fold scoring's alone."""
-    settings = {"seed": recipe.seed} | recipe.strength
+    settings = _everywhere(recipe) | recipe.strength
     if scoring == "in-sample" and "out-of-fold" in recipe.scorings:
         settings.pop("folds", None)
     return build(StrengthConfig, "strength", settings, data=data, model=model, scoring=scoring)
@@ -115,7 +123,7 @@ def reward_config(
     recipe: Recipe, options: RepairOptions, *, data: str, model: str, validation: dict[str, str]
 ) -> RewardConfig:
     """Settings of one arm's reward model."""
-    settings = {"seed": recipe.seed} | recipe.reward
+    settings = _everywhere(recipe) | recipe.reward
     fixed = {"data": data, "model": model, "validation": validation, "margin_in_flip": options.margin_in_flip}
     return build(RewardConfig, "reward", settings, **fixed)
 
@@ -124,7 +132,7 @@ def baseline_config(
     recipe: Recipe, policy: PolicyConfig, *, model: str, prompts: str, reward_model: str
 ) -> BaselineConfig:
     """Settings of the offline sampling."""
-    settings = {"seed": recipe.seed} | policy.baselines
+    settings = _everywhere(recipe) | policy.baselines
     return build(BaselineConfig, "policy.baselines", settings, policy=model, prompts=prompts, reward_model=reward_model)
 
 
@@ -185,7 +193,7 @@ def ppo_config(
     if arm_setting(policy, arm, "advantage") != "gae":
         idle |= ppo_settings.CRITIC_ONLY
     shared = {name: value for name, value in shared.items() if name not in idle}
-    return build(PPOConfig, f"policy.arms.{arm}", {"seed": recipe.seed} | shared | own, **fixed)
+    return build(PPOConfig, f"policy.arms.{arm}", _everywhere(recipe) | shared | own, **fixed)
 
 
 def dpo_config(
@@ -204,7 +212,7 @@ def dpo_config(
     """Settings of one DPO arm; `options` are those of the repair that wrote its `data`."""
     own = {name: value for name, value in policy.arms[arm].items() if name not in _OF_ARMS}
     seen: Settings = {"prompts": prompts, "reward_model": reward_model, "gold": gold, "validation": validation}
-    return _dpo(f"policy.arms.{arm}", {"seed": recipe.seed} | policy.dpo | own, options, seen, data=data, model=model)
+    return _dpo(f"policy.arms.{arm}", _everywhere(recipe) | policy.dpo | own, options, seen, data=data, model=model)
 
 
 def _dpo(where: str, settings: Settings, options: RepairOptions, seen: Settings, **fixed: Any) -> DPOConfig:
@@ -217,9 +225,12 @@ def _dpo(where: str, settings: Settings, options: RepairOptions, seen: Settings,
     return build(DPOConfig, where, settings, **fixed)
 
 
-def judge_config(policy: PolicyConfig) -> JudgeConfig:
+def judge_config(recipe: Recipe, policy: PolicyConfig) -> JudgeConfig:
     """Settings of the judges."""
-    return build(JudgeConfig, "policy.judge", policy.judge or {})
+    settings = policy.judge or {}
+    if settings.get("reward_models"):
+        settings = {"device": recipe.device} | settings
+    return build(JudgeConfig, "policy.judge", settings)
 
 
 def evaluation_length(policy: PolicyConfig) -> int:
@@ -228,9 +239,9 @@ def evaluation_length(policy: PolicyConfig) -> int:
     return int(settings.get("max_length", config.model_fields["max_length"].default))
 
 
-def evaluation_config(policy: PolicyConfig) -> PolicyEvaluationConfig:
+def evaluation_config(recipe: Recipe, policy: PolicyConfig) -> PolicyEvaluationConfig:
     """Settings of the policies' examination."""
-    return build(PolicyEvaluationConfig, "policy.evaluate", policy.evaluate)
+    return build(PolicyEvaluationConfig, "policy.evaluate", {"device": recipe.device} | policy.evaluate)
 
 
 def check(recipe: Recipe) -> None:
@@ -317,11 +328,11 @@ def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
                 f"policy.{method}: no effect without an arm of `method: {method}`; leave it out, or add one"
             )
     baseline_config(recipe, policy, model="", prompts="", reward_model="")
-    evaluation_config(policy)
+    evaluation_config(recipe, policy)
     _check_ppo(recipe, policy)
     _check_dpo(recipe, policy)
     if policy.judge is not None:
-        _check_judge(policy)
+        _check_judge(recipe, policy)
 
 
 def _check_ppo(recipe: Recipe, policy: PolicyConfig) -> None:
@@ -343,13 +354,13 @@ def _check_dpo(recipe: Recipe, policy: PolicyConfig) -> None:
         dpo_config(recipe, policy, name, options, data="", model="", **paths)
 
 
-def _check_judge(policy: PolicyConfig) -> None:
+def _check_judge(recipe: Recipe, policy: PolicyConfig) -> None:
     """Also what the judges need later: it would be missed only hours after the start."""
-    config = judge_config(policy)
+    config = judge_config(recipe, policy)
     policies = ["SFT", *policy.arms]
     if config.against is not None and config.against not in policies:
         raise InputError(f"policy.judge.against must be one of {policies}, got {config.against!r}")
-    k = evaluation_config(policy).k
+    k = evaluation_config(recipe, policy).k
     if config.per_prompt > k:
         raise InputError(f"policy.judge.per_prompt must be at most policy.evaluate.k = {k}, got {config.per_prompt}")
     for folder in config.reward_models:

@@ -25,6 +25,8 @@ from steelyard.sampling import Sample, SamplingConfig, sample
 class Rollouts:
     """What one step sampled and scored; N prompts, K responses, T tokens, zero at padding. No critic: no values.
 
+    All but the nuclei is on the CPU, where the small sums of rewards and advantages are quickest.
+
     `logprobs_NKT` are those of the distribution that was sampled from, `kept` its nucleus at each token, prompt by
     prompt (None: none was cut out). `kl_NKT` is log p - log p_SFT under sampling's temperature and repetition penalty,
     before the nucleus is cut out; `kl_plain_NK` its sum over tokens for both models as they are.
@@ -68,12 +70,14 @@ def roll_out(
     """Score sampled responses with all models; as many responses to every prompt."""
     trees = [Tree(p, tuple(s.tokens for s in group)) for p, group in zip(ids, drawn, strict=True)]
     N, K, T = len(trees), len(drawn[0]), max(len(s.tokens) for group in drawn for s in group)
-    mask = torch.zeros(N, K, T, dtype=torch.bool)
-    logprobs, values, kl = (torch.zeros(N, K, T) for _ in range(3))
-    rewards, kl_plain, nll, entropy = torch.zeros(N, K), torch.zeros(N, K), 0.0, 0.0
+    device = models.policy.device
+    mask = torch.zeros(N, K, T, dtype=torch.bool, device=device)
+    logprobs, values, kl = (torch.zeros(N, K, T, device=device) for _ in range(3))
+    rewards, kl_plain = (torch.zeros(N, K, device=device) for _ in range(2))
+    nll, entropy = torch.zeros(2, dtype=torch.float64, device=device)
     kept: dict[int, Nucleus] = {}
     for group in pack([len(t) for t in trees], config.max_tokens):
-        batch = collate([trees[i] for i in group], models.encoder.pad_id)
+        batch = collate([trees[i] for i in group], models.encoder.pad_id, device)
         t = batch.mask_BKR.shape[-1]
         now, estimates = models.act(batch)
         full, plain = models.refer(batch)
@@ -85,15 +89,20 @@ def roll_out(
         kl[group, :, :t] = kl_k1(now.full_BKR, full)
         kl_plain[group] = kl_k1(now.plain_BKR, plain).sum(-1)
         if now.kept is not None:
-            kept |= dict(zip(group, now.kept.split(batch.mask_BKR.sum((1, 2)).tolist()), strict=True))
+            sizes = [sum(map(len, trees[i].responses)) for i in group]
+            kept |= dict(zip(group, now.kept.split(sizes), strict=True))
         rewards[group] = models.reward(batch)
-        nll -= plain.sum().item()
-        entropy += now.entropy_BKR.sum().item()
+        nll -= plain.sum()
+        entropy += now.entropy_BKR.sum()
+    # Read here alone: on a GPU every number that is read waits for all that was asked of it before.
+    mask, logprobs, values, kl, kl_plain, rewards = (x.cpu() for x in (mask, logprobs, values, kl, kl_plain, rewards))
     tokens = int(mask.sum())
     ended = torch.tensor([[s.ended for s in group] for group in drawn])
     held = None if models.critic is None else values
     nuclei = [kept[i] for i in range(N)] if kept else None
-    return Rollouts(trees, mask, logprobs, held, kl, kl_plain, rewards, ended, nll / tokens, entropy / tokens, nuclei)
+    return Rollouts(
+        trees, mask, logprobs, held, kl, kl_plain, rewards, ended, nll.item() / tokens, entropy.item() / tokens, nuclei
+    )
 
 
 def collect(

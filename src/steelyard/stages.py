@@ -17,7 +17,7 @@ from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
 from steelyard.evaluate.examination import examine_sets, open_model, reward_file
-from steelyard.evaluate.judge import judge
+from steelyard.evaluate.judge import JudgeConfig, judge
 from steelyard.evaluate.policy import PolicyEvaluationConfig, answer, compare, difficulty, prompts_that_fit
 from steelyard.measure import Scoring, measure
 from steelyard.parallel import default_workers, run_jobs
@@ -33,7 +33,6 @@ from steelyard.recipe import (
     dpo_config,
     evaluation_config,
     evaluation_length,
-    judge_config,
     needs_baselines,
     ppo_config,
     reward_config,
@@ -207,7 +206,7 @@ def reward_models(
     run_jobs(
         _train_reward,
         jobs,
-        workers=min(len(jobs), recipe.workers or default_workers()),
+        workers=min(len(jobs), recipe.workers or default_workers(recipe.device)),
         threads=recipe.threads,
         labels=[f"reward model, {name}" for name in arms],
         on_done=lambda i, _: print(f"  {list(arms)[i]} trained", flush=True),
@@ -224,7 +223,7 @@ def examine_all(recipe: Recipe, files: Files, arms: Sequence[str], out: Path) ->
     if target.exists() or not files.validation:
         return
     jobs = [(str(out / "rm" / name / "model"), files.validation, build_reward(recipe)) for name in arms]
-    results = run_jobs(examine_model, jobs, workers=min(len(jobs), recipe.workers or default_workers()))
+    results = run_jobs(examine_model, jobs, workers=min(len(jobs), recipe.workers or default_workers(recipe.device)))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(target, reward_file(dict(zip(arms, results, strict=True))))
 
@@ -233,12 +232,13 @@ def build_reward(recipe: Recipe) -> Settings:
     """The tokenisation settings that scoring must share with training."""
     fields = RewardConfig.model_fields
     names = ("max_length", "on_overlong", "max_tokens", "precision")
-    return {name: recipe.reward.get(name, fields[name].default) for name in names}
+    found = {name: recipe.reward.get(name, fields[name].default) for name in names}
+    return found | {"device": recipe.reward.get("device", recipe.device)}
 
 
 def examine_model(folder: str, validation: dict[str, str], settings: Settings) -> dict[str, Any]:
     """One reward model on each validation set; `settings` are those of `build_reward`, or some of them."""
-    how = {name: settings[name] for name in ("max_length", "on_overlong", "precision") if name in settings}
+    how = {name: settings[name] for name in ("max_length", "on_overlong", "precision", "device") if name in settings}
     model, encoder = open_model(folder, **how)
     return examine_sets(model, encoder, validation, max_tokens=settings.get("max_tokens", 4096))
 
@@ -300,7 +300,7 @@ def _train_arms(
     run_jobs(
         train,
         jobs,
-        workers=min(len(jobs), recipe.workers or default_workers()),
+        workers=min(len(jobs), recipe.workers or default_workers(recipe.device)),
         threads=recipe.threads,
         labels=names,
         on_done=lambda i, _: print(f"  {names[i]} trained", flush=True),
@@ -320,7 +320,7 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     target = out / "evaluate" / "policy.json"
     if target.exists():
         return
-    config = evaluation_config(policy)
+    config = evaluation_config(recipe, policy)
     encoder_length = evaluation_length(policy)
     encoder = Encoder.load(model, max_length=encoder_length)
     prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
@@ -331,7 +331,7 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     for name, reward in rewards.items():
         trained = str(out / _method(policy, name) / name / "model")
         jobs.append((trained, model, reward, prompts, encoder_length, files.gold, config))
-    workers = min(len(jobs), recipe.workers or default_workers())
+    workers = min(len(jobs), recipe.workers or default_workers(recipe.device))
     results = run_jobs(_answer, jobs, workers=workers, threads=recipe.threads)
     (hard_N,) = run_jobs(difficulty, [(model, first, prompts, encoder, config)], workers=1, threads=recipe.threads)
     answers = dict(zip(["SFT", *policy.arms], results, strict=True))
@@ -340,11 +340,11 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     write_json_atomic(target, found)
 
 
-def judge_all(policy: PolicyConfig, out: Path) -> None:
+def judge_all(config: JudgeConfig, out: Path) -> None:
     """Judges' verdicts on the answers that the examination left."""
     target = out / "evaluate" / "judge.json"
     if not target.exists():
-        write_json_atomic(target, judge(judge_config(policy), read_folder(out), target.parent))
+        write_json_atomic(target, judge(config, read_folder(out), target.parent))
 
 
 def _method(policy: PolicyConfig, arm: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.benchmarks import Item, read_prior_set, read_rewardbench, read_rewardbench2, read_rm_bench
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import FINDINGS, OnInvalid, load_preferences
@@ -39,6 +39,7 @@ class RewardEvaluationConfig(Config):
     max_length: int | None = Field(
         None, ge=8, description="tokens of prompt and one response together; none given: as each model was trained"
     )
+    device: Device = "cpu"
     on_invalid: OnInvalid = Field("error", description="malformed rows of preference files: error or skip")
     strength: str | None = Field(
         None, description="folder of `steelyard strength` on these files; none: the strength columns of the files"
@@ -79,7 +80,8 @@ def examine_models(config: RewardEvaluationConfig) -> dict[str, dict[str, Any]]:
     examined: dict[str, Any] = {}
     scored: list[dict[str, Any]] = []
     for arm, folder in _model_names(config.model).items():
-        model, encoder = open_model(folder, max_length=training_length(folder, config.max_length))
+        length = training_length(folder, config.max_length)
+        model, encoder = open_model(folder, max_length=length, device=config.device)
         if sets:
             examined[arm] = examine_sets(model, encoder, sets, weighed=weighed, on_invalid=config.on_invalid)
         scored += [{"arm": arm} | score(model, encoder, 4096) for score in benchmarks.values()]
@@ -147,11 +149,16 @@ def training_length(folder: str, asked: int | None) -> int:
 
 
 def open_model(
-    folder: str, *, max_length: int, on_overlong: OnOverlong = "truncate-prompt", precision: Precision = "float32"
+    folder: str,
+    *,
+    max_length: int,
+    on_overlong: OnOverlong = "truncate-prompt",
+    precision: Precision = "float32",
+    device: str = "cpu",
 ) -> tuple[RewardModel, Encoder]:
     """A reward model with its tokenizer. Raises InputError if the folder holds none."""
     encoder = Encoder.load(folder, max_length=max_length, on_overlong=on_overlong)
-    return RewardModel.load(folder, precision=precision), encoder
+    return RewardModel.load(folder, precision=precision, device=device), encoder
 
 
 def examine_sets(

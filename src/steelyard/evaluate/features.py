@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences
@@ -56,6 +56,7 @@ class FeatureConfig(FeatureOptions):
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer pairs")
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
+    device: Device = "cpu"
 
 
 class Features(NamedTuple):
@@ -76,7 +77,7 @@ def examine_features(name: str, config: FeatureConfig) -> dict[str, Any]:
     shown = [pairs[i] for i in encoded.index[: config.limit]]
     prompts = [prompt_key(p.prompt) for p in shown]
     require_enough(prompts, config.data)
-    model = RewardModel.load(folder)
+    model = RewardModel.load(folder, device=config.device)
     found = Features(read_features(model, trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens), prompts)
     return {"name": name, **describe(found, config, units_of(shown))}
 
@@ -97,10 +98,9 @@ def read_features(
     """f(x, y): the last layer at each response's scored token, in evaluation mode (no dropout), in the trees' order."""
     training = model.training
     model.eval()
-    device = model.head.weight.device
     found = np.zeros((len(trees), len(trees[0].responses), model.head.in_features), dtype=np.float32)
     for group in pack([len(t) for t in trees], max_tokens):
-        found[group] = model.features(collate([trees[i] for i in group], pad_id, device)).cpu().numpy()
+        found[group] = model.features(collate([trees[i] for i in group], pad_id, model.device)).cpu().numpy()
     model.train(training)
     return found
 

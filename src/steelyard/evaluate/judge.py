@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
 
+from steelyard.config import Device
 from steelyard.data.encode import Encoder, OverlongError, Tree
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -59,12 +60,14 @@ class JudgeConfig(EndpointConfig):
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together (reward models)")
     precision: Precision = Field("float32", description="arithmetic of the trunk (reward models)")
     max_tokens: int = Field(8192, ge=16, description="tokens computed at once (reward models; memory, not results)")
+    device: Device = "cpu"
 
     @model_validator(mode="after")
     def _somebody_judges(self) -> Self:
         if self.url is None and not self.reward_models:
             raise ValueError("nobody judges: give url and model (an endpoint), reward_models, or both")
-        if not self.reward_models and (idle := {"tie", "max_length", "precision", "max_tokens"} & self.given()):
+        reward_only = {"tie", "max_length", "precision", "max_tokens", "device"}
+        if not self.reward_models and (idle := reward_only & self.given()):
             raise ValueError(f"{', '.join(sorted(idle))}: no effect without reward_models; leave out, or give some")
         return self
 
@@ -255,7 +258,7 @@ def judge_points(replies: Sequence[Sequence[str | None]]) -> Points:
 def reward_scores(folder: str, answers: Sequence[Answer], config: JudgeConfig) -> dict[Answer, float]:
     """The raw reward of each answer. Raises InputError if there is no reward model, or an answer is too long."""
     encoder = Encoder.load(folder, max_length=config.max_length)
-    model = RewardModel.load(folder, precision=config.precision)
+    model = RewardModel.load(folder, precision=config.precision, device=config.device)
     distinct = list(dict.fromkeys(answers))
     trees: list[Tree] = []
     for answer in distinct:

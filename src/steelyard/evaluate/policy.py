@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_prompts
@@ -39,6 +39,7 @@ class PolicyEvaluationConfig(Config):
     samples: int = Field(8, ge=0, description="prompts whose answers are kept for the report")
     precision: Precision = Field("float32", description="arithmetic of the trunks")
     max_tokens: int = Field(8192, ge=16, description="tokens computed at once (memory, not results)")
+    device: Device = "cpu"
     seed: int = Field(1234, ge=0, description="of the sampling; difficulty draws with the next one")
 
 
@@ -82,8 +83,8 @@ def answer(
     config: PolicyEvaluationConfig,
 ) -> Answers:
     """Sample from a policy and score: gold, proxy (the reward model's normalised score), KL to the reference (nats)."""
-    policy = PolicyModel.load(policy_folder, precision=config.precision)
-    reference = PolicyModel.load(reference_folder, precision=config.precision)
+    policy = PolicyModel.load(policy_folder, precision=config.precision, device=config.device)
+    reference = PolicyModel.load(reference_folder, precision=config.precision, device=config.device)
     trees, drawn = draw_answers(policy, prompts, encoder, config)
     texts = [[encoder.decode(s.tokens) for s in group] for group in drawn]
     scored = None
@@ -111,7 +112,7 @@ def difficulty(
     They are drawn with seed + 1. Were prompts sorted by the very answers that are reported, the poorest stratum would
     hold those that were unlucky, and every other policy would seem to gain most there.
     """
-    policy = PolicyModel.load(policy_folder, precision=config.precision)
+    policy = PolicyModel.load(policy_folder, precision=config.precision, device=config.device)
     again = config.model_copy(update={"seed": config.seed + 1})
     trees, _ = draw_answers(policy, prompts, encoder, again)
     found: Float[np.ndarray, "N"] = _proxy(reward_folder, trees, encoder, config).mean(1)
@@ -122,7 +123,7 @@ def _proxy(
     folder: str, trees: Sequence[Tree], encoder: Encoder, config: PolicyEvaluationConfig
 ) -> Float[np.ndarray, "N K"]:
     """The reward model's normalised scores."""
-    reward = RewardModel.load(folder, precision=config.precision)
+    reward = RewardModel.load(folder, precision=config.precision, device=config.device)
     mean, std = reward.normal
     return (reward.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens) - mean) / std
 
@@ -153,8 +154,8 @@ def divergence(
     """log p(y|x) - log p_ref(y|x) of each response at temperature 1: its mean over y ~ policy is the KL."""
     out = np.zeros((len(trees), len(trees[0].responses)))
     for group in pack([len(t) for t in trees], max_tokens):
-        batch = collate([trees[i] for i in group], pad_id)
-        out[group] = (policy(batch).plain_BKR - reference(batch).plain_BKR).sum(-1).numpy()
+        batch = collate([trees[i] for i in group], pad_id, policy.device)
+        out[group] = (policy(batch).plain_BKR - reference(batch).plain_BKR).sum(-1).cpu().numpy()
     return out
 
 

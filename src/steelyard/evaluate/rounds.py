@@ -99,10 +99,10 @@ def _answer(
     policy_folder: str, sft_folder: str, encoder: Encoder, prompts: Sequence[Prompt], config: PolicyEvaluationConfig
 ) -> tuple[list[Tree], list[list[Sample]], Float[np.ndarray, "N K"], float]:
     """(trees, samples, KL of each response, perplexity of all of them under the SFT model)."""
-    policy = PolicyModel.load(policy_folder, precision=config.precision)
+    policy = PolicyModel.load(policy_folder, precision=config.precision, device=config.device)
     trees, drawn = draw_answers(policy, prompts, encoder, config)
     ours_NK = _loglikelihood(policy, trees, encoder.pad_id, config.max_tokens)
-    sft = PolicyModel.load(sft_folder, precision=config.precision)
+    sft = PolicyModel.load(sft_folder, precision=config.precision, device=config.device)
     theirs_NK = _loglikelihood(sft, trees, encoder.pad_id, config.max_tokens)
     tokens = sum(len(s.tokens) for group in drawn for s in group)
     ppl = math.exp(min(-float(theirs_NK.sum()) / tokens, 80.0))
@@ -114,7 +114,8 @@ def _loglikelihood(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_t
     """log p(y|x) of each response at temperature 1."""
     out = np.zeros((len(trees), len(trees[0].responses)))
     for group in pack([len(t) for t in trees], max_tokens):
-        out[group] = model(collate([trees[i] for i in group], pad_id)).plain_BKR.sum(-1).numpy()
+        batch = collate([trees[i] for i in group], pad_id, model.device)
+        out[group] = model(batch).plain_BKR.sum(-1).cpu().numpy()
     return out
 
 
@@ -130,7 +131,7 @@ def _judge(
 ) -> tuple[Float[np.ndarray, "N K"], list[dict[str, Any]]]:
     """(one reward model's normalised rewards of the responses, its accuracy on each set)."""
     encoder = Encoder.load(folder, max_length=max_length, on_overlong=on_overlong)
-    model = RewardModel.load(folder, precision=config.precision)
+    model = RewardModel.load(folder, precision=config.precision, device=config.device)
     mean, std = model.normal
     how: dict[str, int] = {"pad_id": encoder.pad_id, "max_tokens": config.max_tokens}
     raw_NK = model.score(list(trees), **how).astype(np.float64)

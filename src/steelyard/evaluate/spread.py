@@ -57,14 +57,14 @@ def read_responses(path: str, gold: str) -> Responses:
 
 def examine_spread(
     folder: str, validation: Mapping[str, str], responses: Mapping[str, str], gold: str, *, max_length: int,
-    on_overlong: OnOverlong, max_tokens: int,
+    on_overlong: OnOverlong, max_tokens: int, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """One reward model: values of each pair (accuracy) and each prompt (spread), and its rewards; plain values.
 
     `validation` are preference files, `responses` files of `steelyard sample`.
     """
     encoder = Encoder.load(folder, max_length=max_length, on_overlong=on_overlong)
-    model = RewardModel.load(folder)
+    model = RewardModel.load(folder, device=device)
     accuracy: dict[str, Any] = {}
     pairs = {name: load_preferences(path).preferences for name, path in validation.items()}
     encoded = {name: encoder.encode(found) for name, found in pairs.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.encode import OnOverlong
 from steelyard.data.load import OnInvalid
 from steelyard.errors import InputError
@@ -82,7 +82,10 @@ class StrengthConfig(Config):
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk")
-    workers: int | None = Field(None, ge=1, description="members trained side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="members trained side by side; none given: one per CPU, on a GPU one"
+    )
     seed: int = Field(0, ge=0, description="member m uses seed + m")
 
     @property

@@ -24,7 +24,7 @@ def read_features(
 ) -> tuple[Float[np.ndarray, "N 2 F"], list[int], int]:
     """(features, the layers they are from, tokens computed: 0 if they were there)."""
     model = RewardModel.from_language_model(
-        config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
+        config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
     )
     chosen = layer_choice(model.hf.config.get_text_config().num_hidden_layers, config.layers)
     # Beside the run's folder, so that both scorings of one data set share the pass.

@@ -45,7 +45,9 @@ def lora_member(
     """Train member m on the pairs `train` (None: all), and score. One that was interrupted begins anew."""
     seed = config.seed + m
     encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
-    model = RewardModel.from_language_model(config.model, pad_id=pad_id, seed=seed, precision=config.precision)
+    model = RewardModel.from_language_model(
+        config.model, pad_id=pad_id, seed=seed, precision=config.precision, device=config.device
+    )
     model.eval()
     adapt(model, config.lora, seed)
     pairs, trees = read_pairs(config.data, encoder, train, on_invalid=config.on_invalid)

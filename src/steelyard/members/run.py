@@ -53,7 +53,7 @@ def run_members(
     results = run_jobs(
         run_member,
         jobs,
-        workers=min(config.workers or default_workers(), config.members),
+        workers=min(config.workers or default_workers(config.device), config.members),
         labels=[f"member {m}" for m in range(config.members)],
         on_done=None if quiet else lambda m, _: print(f"  member {m + 1} of {config.members} done", flush=True),
     )
@@ -72,7 +72,7 @@ def prepare(config: StrengthConfig, encoder: Encoder, trees: Sequence[Tree], out
         if config.backend == "layers":
             settings = reward_config(config, 0, cache=out.parent / "activations")
             model = RewardModel.from_language_model(
-                config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
+                config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
             )
             before = open_cache(settings, model, [])
             missing = sum(map(len, before.missing(trees).values())) if before is not None else 0

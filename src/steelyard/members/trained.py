@@ -39,6 +39,7 @@ def reward_config(config: StrengthConfig, m: int, *, cache: Path) -> RewardConfi
         on_invalid=config.on_invalid,
         max_tokens=config.max_tokens,
         precision=config.precision,
+        device=config.device,
         seed=config.seed + m,
         **kept,
     )
@@ -50,7 +51,7 @@ def trained_member(
     """Train member m on the pairs `train` (None: all) in the folder `out`, and score; goes on where one stopped."""
     settings = reward_config(config, m, cache=out.parents[2] / "activations")
     train_reward(settings, out, resume=out.exists(), quiet=True, rows=train)
-    model = RewardModel.load(out / "model", precision=config.precision)
+    model = RewardModel.load(out / "model", precision=config.precision, device=config.device)
     scorer = open_cache(settings, model, judged) or model
     scores = scorer.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)
     if not config.keep_members:

@@ -154,12 +154,12 @@ class TrunkCache:
             rows += [place[k] for k in range(len(tree.responses))]
         stored = torch.from_numpy(np.concatenate(rows))
         states = stored.view(torch.bfloat16) if self._stored == np.uint16 else stored
-        return states.float().to(self.model.head.weight.device)
+        return states.float().to(self.model.device)
 
     def rewards(self, trees: Sequence[Tree], *, pad_id: int) -> Float[Tensor, "B K"]:
         """What `model(collate(trees))` gives, with the gradient of the layers above the cut."""
         model = self.model
-        batch = collate(trees, pad_id, model.head.weight.device)
+        batch = collate(trees, pad_id, model.device)
         states = self.states(trees)
         top = run_trunk(model.trunk, batch, model.precision, first=self.cut, states_TD=states, scored_only=True)
         rewards: Tensor = model.head(top.states_TD.view(*batch.last_BK.shape, -1).float()).squeeze(-1)
@@ -308,7 +308,7 @@ class TrunkCache:
 
     @torch.no_grad()
     def _compute(self, trees: Sequence[Tree]) -> np.ndarray:
-        batch = collate(trees, 0, self.model.head.weight.device)  # no state depends on padding
+        batch = collate(trees, 0, self.model.device)  # no state depends on padding
         states = run_trunk(self.model.trunk, batch, self.model.precision, last=self.cut).states_TD.float().cpu()
         if self._stored == np.uint16:
             return states.bfloat16().view(torch.uint16).numpy()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import nn
 from steelyard.data.collate import collate
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
-from steelyard.models.trunk import run_trunk
+from steelyard.models.trunk import Precision, run_trunk
 
 
 def read_config(folder: str | Path) -> Any:
@@ -33,17 +35,18 @@ def read_config(folder: str | Path) -> Any:
         raise InputError(f"{folder}: its config.json cannot be read: {error}") from None
 
 
-def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
-    """`auto.from_pretrained(folder)` in float32 with the attention that shared prefixes need.
+def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", **kwargs: Any) -> Any:
+    """`auto.from_pretrained(folder)` on `device`, in float32 with the attention that shared prefixes need.
 
     Raises InputError where the model has no such attention.
     """
     kind = read_config(folder).model_type
     with quiet_loading():
         try:
-            return auto.from_pretrained(
+            hf = auto.from_pretrained(
                 folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
             )
+            return hf.to(device)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder}: its weights are missing or damaged: {error}; copy the model again") from None
         except ValueError as error:
@@ -53,6 +56,28 @@ def open_model(auto: Any, folder: str | Path, **kwargs: Any) -> Any:
                 f"{folder}: chosen and rejected cannot share their prompt in a model of type {kind}, which takes no "
                 "attention mask of its own (sdpa); Llama, Qwen and GPT-NeoX style models can"
             ) from None
+
+
+def say_if_slow(precision: Precision, device: torch.device) -> None:
+    """Warn, once a process, of bfloat16 on a CPU that has no instructions for it."""
+    if precision == "bfloat16" and device.type == "cpu" and not _has_bfloat16():
+        _say_slow()
+
+
+def _has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
+    return not capabilities or any(capabilities.get(name, False) for name in names)
+
+
+@functools.cache
+def _say_slow() -> None:
+    print(
+        "warning: precision = bfloat16: this CPU has no bfloat16 instructions, on which products in it are many times "
+        "slower than in float32; use precision = float32 here",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager

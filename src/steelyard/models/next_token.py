@@ -51,14 +51,17 @@ class Nucleus:
 
     def split(self, sizes: Sequence[int]) -> list[Nucleus]:
         """Parts of so many positions each."""
+        if len(sizes) == 1:
+            return [self]
         counts = self.counts_n.split(list(sizes))
-        tokens = self.tokens_L.split([int(c.sum()) for c in counts])
+        # Read at once: on a GPU every number that is read waits for all that was asked of it before.
+        tokens = self.tokens_L.split(torch.stack([c.sum() for c in counts]).tolist())
         return [Nucleus(*pair) for pair in zip(tokens, counts, strict=True)]
 
     def allowed(self, vocabulary: int) -> Bool[Tensor, "n V"]:
         """True where a token could be drawn."""
         n, device = len(self.counts_n), self.tokens_L.device
-        rows = torch.repeat_interleave(torch.arange(n, device=device), self.counts_n)
+        rows = torch.repeat_interleave(torch.arange(n, device=device), self.counts_n, output_size=len(self.tokens_L))
         mask = torch.zeros(n, vocabulary, dtype=torch.bool, device=device)
         mask[rows, self.tokens_L.long()] = True
         return mask

@@ -20,6 +20,7 @@ from steelyard.models.load import (
     open_model,
     quiet_loading,
     read_config,
+    say_if_slow,
 )
 from steelyard.models.lora import LoraConfig, add_adapters, has_adapters, merged_state
 from steelyard.models.next_token import Drawing, Nucleus, Seen, entropies, log_probability, nucleus, shaped
@@ -48,11 +49,25 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.precision: Precision = precision
         self.logit_chunk = logit_chunk
+        say_if_slow(precision, self.device)
         check_shared_prefix(hf.base_model, hf.config.get_text_config().vocab_size)
         check_logits(hf)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        weight: Tensor = self.hf.get_output_embeddings().weight
+        return weight.device
+
     @classmethod
-    def load(cls, folder: str | Path, *, precision: Precision = "float32", logit_chunk: int | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        precision: Precision = "float32",
+        logit_chunk: int | None = None,
+        device: str = "cpu",
+    ) -> Self:
         """Raises InputError if `folder` does not hold a language model."""
         from transformers import AutoModelForCausalLM
 
@@ -60,10 +75,13 @@ class PolicyModel(nn.Module):
         if any(name.endswith("ForSequenceClassification") for name in names):
             # Loaded as a language model it would get an output layer of random weights.
             raise InputError(f"{folder}: holds {names}, a reward model; a policy must be a language model")
-        return cls(open_model(AutoModelForCausalLM, folder), precision=precision, logit_chunk=logit_chunk)
+        hf = open_model(AutoModelForCausalLM, folder, device=device)
+        return cls(hf, precision=precision, logit_chunk=logit_chunk)
 
     @classmethod
-    def scratch(cls, encoder: Encoder, *, layers: int, width: int, heads: int, context: int, seed: int) -> PolicyModel:
+    def scratch(
+        cls, encoder: Encoder, *, layers: int, width: int, heads: int, context: int, seed: int, device: str = "cpu"
+    ) -> PolicyModel:
         """A small Llama with fresh weights for the encoder's vocabulary."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +101,7 @@ class PolicyModel(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(LlamaForCausalLM(config))
+            return cls(LlamaForCausalLM(config).to(device))
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
-from steelyard.models.load import check_shared_prefix, open_model, quiet_loading, read_config
+from steelyard.models.load import check_shared_prefix, open_model, quiet_loading, read_config, say_if_slow
 from steelyard.models.trunk import Precision, run_trunk
 
 
@@ -29,7 +29,13 @@ class RewardModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.precision: Precision = precision
+        say_if_slow(precision, self.device)
         check_shared_prefix(self.trunk, hf.config.get_text_config().vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head.weight.device
 
     @property
     def trunk(self) -> nn.Module:
@@ -43,13 +49,13 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_language_model(
-        cls, folder: str | Path, *, pad_id: int, seed: int, precision: Precision = "float32"
+        cls, folder: str | Path, *, pad_id: int, seed: int, precision: Precision = "float32", device: str = "cpu"
     ) -> RewardModel:
         """A new head (seeded) on the trunk of the language model in `folder`; on a reward model, its own head."""
         from transformers import AutoModelForSequenceClassification
 
         fresh = not is_reward_model(folder)
-        hf = open_model(AutoModelForSequenceClassification, folder, num_labels=1, pad_token_id=pad_id)
+        hf = open_model(AutoModelForSequenceClassification, folder, device=device, num_labels=1, pad_token_id=pad_id)
         if fresh:
             width = hf.score.weight.shape[1]
             generator = torch.Generator().manual_seed(seed)
@@ -59,12 +65,12 @@ class RewardModel(nn.Module):
         return cls(hf, precision=precision)
 
     @classmethod
-    def load(cls, folder: str | Path, *, precision: Precision = "float32") -> RewardModel:
+    def load(cls, folder: str | Path, *, precision: Precision = "float32", device: str = "cpu") -> RewardModel:
         """Raises InputError if `folder` does not hold a reward model with one output."""
         from transformers import AutoModelForSequenceClassification
 
         require_reward_model(folder)
-        return cls(open_model(AutoModelForSequenceClassification, folder), precision=precision)
+        return cls(open_model(AutoModelForSequenceClassification, folder, device=device), precision=precision)
 
     def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
         """The last layer at each response's last token, float32."""
@@ -86,9 +92,8 @@ class RewardModel(nn.Module):
         rewards = np.zeros((len(trees), len(trees[0].responses) if trees else 0), dtype=np.float32)
         training = self.training
         self.eval()
-        device = self.head.weight.device
         for group in pack([len(t) for t in trees], max_tokens):
-            batch = collate([trees[i] for i in group], pad_id, device)
+            batch = collate([trees[i] for i in group], pad_id, self.device)
             rewards[group] = self(batch).cpu().numpy()
         self.train(training)
         return rewards

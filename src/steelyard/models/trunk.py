@@ -164,7 +164,8 @@ def _layer(
     q = _linear(attention.q_proj, h, precision).view(len(h), -1, d)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = rotate(q, *at), rotate(k, *rotary)
+    # Qwen 3's norms of queries and keys give float32.
+    q, k = rotate(q, *at).to(v.dtype), rotate(k, *rotary).to(v.dtype)
     blocks = batch.blocks if only is None else batch.scored_blocks
     o = tree_attention(q, k, v, batch, attention.scaling, blocks=blocks)
     y = _linear(attention.o_proj, o.reshape(len(x), -1), precision)

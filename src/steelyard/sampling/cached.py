@@ -19,7 +19,7 @@ class CacheReader:
     def __init__(self, policy: PolicyModel, *, pad_id: int) -> None:
         self.policy = policy
         self.pad_id = pad_id
-        self.device = policy.hf.get_output_embeddings().weight.device
+        self.device = policy.device
 
     def start(self, prompts: Sequence[tuple[int, ...]], *, k: int, room: int) -> Float[Tensor, "R V"]:
         """See `loop.Reader`."""

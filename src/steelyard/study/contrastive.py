@@ -170,7 +170,7 @@ def train_and_examine(
     if target.exists():
         return
     encoder = Encoder.load(folder / "model", max_length=config.max_length, on_overlong=config.on_overlong)
-    model = RewardModel.load(folder / "model", precision=config.precision)
+    model = RewardModel.load(folder / "model", precision=config.precision, device=config.device)
     read = {name: read_pairs(path, encoder, on_invalid=config.on_invalid) for name, path in config.validation.items()}
     trees = {name: found for name, (_, found) in read.items()}
     scored = model.score_sets(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens)

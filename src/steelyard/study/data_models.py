@@ -79,7 +79,7 @@ def score(model: str | Path | RewardModel, config: RewardConfig, path: str) -> S
     folder = config.model if isinstance(model, RewardModel) else model
     encoder = Encoder.load(folder, max_length=config.max_length, on_overlong=config.on_overlong)
     if not isinstance(model, RewardModel):
-        model = RewardModel.load(model, precision=config.precision)
+        model = RewardModel.load(model, precision=config.precision, device=config.device)
     pairs, trees = read_pairs(path, encoder)
     scorer = open_cache(config, model, trees) or model
     return [p.id for p in pairs], scorer.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
@@ -122,10 +122,10 @@ def average_and_score(folders: Sequence[Path], config: RewardConfig, examined_on
 @torch.no_grad()
 def average(folders: Sequence[Path], config: RewardConfig) -> RewardModel:
     """A reward model whose every weight is the mean over the folders' models (summed in float64)."""
-    first = RewardModel.load(folders[0], precision=config.precision)
+    first = RewardModel.load(folders[0], precision=config.precision, device=config.device)
     total = {name: weight.double() for name, weight in first.state_dict().items()}
     for folder in folders[1:]:
-        other = RewardModel.load(folder, precision=config.precision).state_dict()
+        other = RewardModel.load(folder, precision=config.precision, device=config.device).state_dict()
         total = {name: weight + other[name] for name, weight in total.items()}
     kept = first.state_dict()
     first.load_state_dict({name: (weight / len(folders)).to(kept[name].dtype) for name, weight in total.items()})
@@ -145,7 +145,7 @@ def ensemble_scores(folder: Path, path: str) -> tuple[list[str], Float[np.ndarra
         return [p.id for p in pairs], _head_scores(config, folder, encoder, trees)
     members = [folder / "members" / f"{m:02d}" / "model" for m in range(config.members)]
     scores = [
-        RewardModel.load(member, precision=config.precision).score(
+        RewardModel.load(member, precision=config.precision, device=config.device).score(
             trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens
         )
         for member in members
@@ -163,7 +163,7 @@ def _head_scores(
     plan = held_out_plan(config, keys)
     probe = json.loads((folder / "probe.json").read_text())
     model = RewardModel.from_language_model(
-        config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
+        config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
     )
 
     def read(some: list[Tree]) -> np.ndarray:

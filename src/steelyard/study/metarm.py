@@ -217,6 +217,7 @@ def train_and_examine(
         found = examine_spread(
             str(folder / "model"), config.validation, held_out, GOLD,
             max_length=config.max_length, on_overlong=config.on_overlong, max_tokens=config.max_tokens,
+            device=config.device,
         )  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(target, json.dumps(found) + "\n")

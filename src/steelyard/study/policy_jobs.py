@@ -99,12 +99,12 @@ class Examiner:
     """Answers the held-out prompts and scores the answers: gold, proxy (normalised), KL to the SFT model."""
 
     def __init__(self, exam: Exam, start: str, rewards: Sequence[str], how: Aggregate, uncertainty_weight: float):
-        precision = exam.config.precision
+        precision, device = exam.config.precision, exam.config.device
         self.exam, self.how, self.uncertainty_weight = exam, how, uncertainty_weight
         self.encoder = Encoder.load(start, max_length=exam.max_length)
         self.ids = [self.encoder.prompt_ids(p) for p in exam.prompts]
-        self.reference = PolicyModel.load(start, precision=precision)
-        self.rewards = [RewardModel.load(folder, precision=precision) for folder in rewards]
+        self.reference = PolicyModel.load(start, precision=precision, device=device)
+        self.rewards = [RewardModel.load(folder, precision=precision, device=device) for folder in rewards]
         self.gold = load_scorer(GOLD)
 
     def answer(self, policy: PolicyModel, *, k: int, seed: int) -> list[Tree]:

@@ -89,18 +89,18 @@ def contrastive_step(
     with the same masks (GradCache, arXiv 2101.06983). That is exact; the grouping changes only which masks are drawn.
 
     Returns, per pair: loss, weight, r(chosen), r(rejected), contrastive loss; means over the views, and over the
-    pair's two features.
+    pair's two features; on the CPU.
     """
-    weights = torch.tensor([p.weight for p in pairs])
+    weights = torch.tensor([p.weight for p in pairs], device=model.device)
     total = weights.sum()
-    seen = torch.zeros(len(pairs), 5)
+    seen = torch.zeros(len(pairs), 5, device=model.device)
     if total == 0:
-        return seen
+        return seen.cpu()
     seen[:, 1] = weights
     groups = pack([len(t) for t in trees], config.max_tokens)
 
     def view(micro: int, v: int) -> Float[Tensor, "n 2 D"]:
-        batch = collate([trees[i] for i in groups[micro]], encoder.pad_id)
+        batch = collate([trees[i] for i in groups[micro]], encoder.pad_id, model.device)
         with dropout(model.trunk, config.contrastive.dropout, stream(config.seed, step, micro, v)):
             return model.features(batch)
 
@@ -125,7 +125,7 @@ def contrastive_step(
         (objective + (features * cached.grad[v, group]).sum()).backward()
         seen[group, 0] += loss.detach() / 2
         seen[group, 2:4] += rewards.detach() / 2
-    return seen
+    return seen.cpu()
 
 
 def contrastive_losses(
@@ -148,13 +148,13 @@ def contrastive_losses(
     return per_pair.new_zeros(len(used)).masked_scatter(used, per_pair)
 
 
-def new_prototypes(config: RewardConfig, width: int) -> nn.Parameter | None:
+def new_prototypes(config: RewardConfig, width: int, device: torch.device | str = "cpu") -> nn.Parameter | None:
     """SwAV's K prototypes, random directions from the seed; None for other methods. They are not part of the model."""
     if config.contrastive.method != "swav":
         return None
     generator = torch.Generator().manual_seed(stream(config.seed))
     K = int(config.contrastive.numbers()["prototypes"])
-    return nn.Parameter(unit(torch.randn(K, width, generator=generator)))
+    return nn.Parameter(unit(torch.randn(K, width, generator=generator)).to(device))
 
 
 def stream(seed: int, *numbers: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steelyard import checkpoint
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences, load_prompts
@@ -74,6 +74,7 @@ class DPOConfig(Config):
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights and loss stay float32")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="order of the data, and the answers")
     eval_every: int | None = Field(50, ge=1, description="steps between examinations; none given: never")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -118,7 +119,7 @@ def train_dpo(
             return run.result()
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         examiner = None if config.prompts is None else Examiner.load(config, encoder)
-        model = PolicyModel.load(config.model, precision=config.precision)
+        model = PolicyModel.load(config.model, precision=config.precision, device=config.device)
         model.eval()  # no dropout: the implied reward compares two fixed functions
         data, held_out = _read(config, encoder, model, out, None if quiet else print)
         steps = total_steps(len(data.trees), config.batch_size, config.epochs)
@@ -175,16 +176,17 @@ def dpo_step(
 ) -> Float[Tensor, "B 6"]:
     """Accumulate the gradient of the batch's weighted mean loss, whatever the grouping into micro-batches.
 
-    Returns, per pair: loss, weight, implied reward of chosen and rejected, log pi of chosen and rejected.
+    Returns, per pair: loss, weight, implied reward of chosen and rejected, log pi of chosen and rejected; on the CPU.
     """
     pairs = [data.preferences[i] for i in chosen]
     total = sum(p.weight for p in pairs)
-    seen = torch.zeros(len(pairs), 6)
+    device = model.device
+    seen = torch.zeros(len(pairs), 6, device=device)
     if total == 0:
-        return seen
+        return seen.cpu()
     for group in pack([len(data.trees[i]) for i in chosen], config.max_tokens):
         held = [pairs[g] for g in group]
-        reference = data.reference_N2[[chosen[g] for g in group]]
+        reference = data.reference_N2[[chosen[g] for g in group]].to(device)
         logprobs = _whole(model, [data.trees[chosen[g]] for g in group], pad_id)
         loss = dpo(
             logprobs[:, 0],
@@ -192,28 +194,28 @@ def dpo_step(
             reference[:, 0],
             reference[:, 1],
             beta=config.beta,
-            margin=torch.tensor([p.margin for p in held]) if config.use_margin else None,
-            flip_prob=torch.tensor([p.flip_prob for p in held]),
+            margin=torch.tensor([p.margin for p in held], device=device) if config.use_margin else None,
+            flip_prob=torch.tensor([p.flip_prob for p in held], device=device),
             margin_in_flip=config.margin_in_flip,
         )
-        weight = torch.tensor([p.weight for p in held])
+        weight = torch.tensor([p.weight for p in held], device=device)
         ((loss * weight).sum() / total).backward()
         rewards = implicit_reward(logprobs.detach(), reference, beta=config.beta)
         seen[group] = torch.cat([torch.stack([loss.detach(), weight], 1), rewards, logprobs.detach()], 1)
-    return seen
+    return seen.cpu()
 
 
 @torch.no_grad()
 def response_logprobs(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens: int) -> Float[Tensor, "N 2"]:
-    """log p(y | x) of both responses of every tree, summed over their tokens (the end token included)."""
-    out = torch.zeros(len(trees), 2)
+    """log p(y | x) of both responses of every tree, summed over their tokens (the end token included); on the CPU."""
+    out = torch.zeros(len(trees), 2, device=model.device)
     for group in pack([len(t) for t in trees], max_tokens):
         out[group] = _whole(model, [trees[i] for i in group], pad_id)
-    return out
+    return out.cpu()
 
 
 def _whole(model: PolicyModel, trees: Sequence[Tree], pad_id: int) -> Float[Tensor, "B 2"]:
-    batch = collate(trees, pad_id)
+    batch = collate(trees, pad_id, model.device)
     return model.sampled(model.states(batch), batch, Drawing()).sum(-1)
 
 
@@ -280,7 +282,7 @@ class Examiner:
         reward = None
         if config.reward_model is not None:
             _require_tokenizer(encoder, config.reward_model, "reward model", config)
-            reward = RewardModel.load(config.reward_model, precision=config.precision)
+            reward = RewardModel.load(config.reward_model, precision=config.precision, device=config.device)
         gold = load_scorer(config.gold) if config.gold else None
         return cls(config, encoder, prompts, _load_reference(config, encoder), reward, gold)
 
@@ -319,7 +321,7 @@ class Examiner:
 def _load_reference(config: DPOConfig, encoder: Encoder) -> PolicyModel:
     folder = config.reference or config.model
     _require_tokenizer(encoder, folder, "reference", config)
-    reference = PolicyModel.load(folder, precision=config.precision)
+    reference = PolicyModel.load(folder, precision=config.precision, device=config.device)
     reference.eval()
     return reference
 

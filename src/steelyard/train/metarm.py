@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid
@@ -71,6 +71,7 @@ class MetaRMConfig(Config):
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(2048, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="float32 only: bfloat16 would round the meta step away")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="new head, order of both data sets, random direction")
     eval_every: int | None = Field(
         50, ge=1, description="steps between examinations on the validation sets; none given: never"
@@ -110,7 +111,7 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
         meta = read_meta(config.meta, encoder, config.k, say)
         shown = read_meta(config.meta_validation, encoder, config.k, say) if config.meta_validation else meta
         model = RewardModel.from_language_model(
-            config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
+            config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
         )
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
@@ -199,8 +200,10 @@ def metarm_step(
     """The gradient of Algorithm 1 for these pairs and these prompts, whatever the grouping into micro-batches.
 
     Returns, per pair, loss, weight, r(chosen), r(rejected) at theta'; the meta rewards at theta; the norm of grad J.
+    Tensors are on the CPU.
     """
-    seen, rewards = torch.zeros(len(pairs), 4), torch.zeros(len(meta), config.k)
+    seen = torch.zeros(len(pairs), 4, device=model.device)
+    rewards = torch.zeros(len(meta), config.k, device=model.device)
     norm = meta_step(
         model,
         lambda: difference_losses(model, meta, encoder, config, rewards),
@@ -209,7 +212,7 @@ def metarm_step(
         direction=config.direction,
         seed=(config.seed * 1_000_003 + step) % (1 << 63),
     )
-    return seen, rewards, norm
+    return seen.cpu(), rewards.cpu(), norm
 
 
 def difference_losses(
@@ -217,7 +220,7 @@ def difference_losses(
 ) -> Iterator[Tensor]:
     """J of the prompts, their mean, in shares of one micro-batch each; writes the rewards into `rewards_BK`."""
     for group in pack([len(t) for t in trees], config.max_tokens):
-        rewards = model(collate([trees[i] for i in group], encoder.pad_id))
+        rewards = model(collate([trees[i] for i in group], encoder.pad_id, model.device))
         rewards_BK[group] = rewards.detach()
         yield difference_loss(rewards, normalisation=config.normalisation).sum() / len(trees)
 
@@ -238,9 +241,9 @@ def preference_losses(
     if total == 0:
         return
     for group in pack([len(t) for t in trees], config.max_tokens):
-        rewards = model(collate([trees[i] for i in group], encoder.pad_id))
+        rewards = model(collate([trees[i] for i in group], encoder.pad_id, model.device))
         loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
-        weight = torch.tensor([pairs[i].weight for i in group])
+        weight = torch.tensor([pairs[i].weight for i in group], device=model.device)
         seen_B4[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
         yield (loss * weight).sum() / total
 

@@ -43,8 +43,8 @@ def pair_losses(rewards: Float[Tensor, "n 2"], pairs: Sequence[Preference], marg
     return bradley_terry(
         rewards[:, 0],
         rewards[:, 1],
-        margin=torch.tensor([p.margin for p in pairs]),
-        flip_prob=torch.tensor([p.flip_prob for p in pairs]),
+        margin=torch.tensor([p.margin for p in pairs], device=rewards.device),
+        flip_prob=torch.tensor([p.flip_prob for p in pairs], device=rewards.device),
         margin_in_flip=margin_in_flip,
     )
 

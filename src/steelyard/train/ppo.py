@@ -238,18 +238,21 @@ def update(
     the one that sampled.
     """
     learner.set_rates(step - 1, config.steps)
-    per_token_NKT = _per_token(rollouts, advantages_BT, returns_BT)
+    device = learner.models.policy.device
+    per_token_NKT = [x.to(device) for x in _per_token(rollouts, advantages_BT, returns_BT)]
     sums, tokens, norm, moved, updates = np.zeros(3), 0, 0.0, 0.0, 0
     for rows in _minibatches(len(rollouts.trees), step, config):
-        total, part = int(rollouts.mask_NKT[rows].sum()), np.zeros(4)
+        total = int(rollouts.mask_NKT[rows].sum())
+        gathered = torch.zeros(4, dtype=torch.float64, device=device)
         for group in pack([len(rollouts.trees[i]) for i in rows], config.max_tokens):
             picked = [rows[i] for i in group]
-            batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id)
+            batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id, device)
             t = batch.mask_BKR.shape[-1]
             kept = Nucleus.join([rollouts.kept[i] for i in picked]) if rollouts.kept else None
-            part += backward(
+            gathered += backward(
                 learner.models, batch, [x[picked, :, :t] for x in per_token_NKT], kept, total, step, config
             )
+        part = gathered.cpu().numpy()
         moved = float(part[3] / total)
         if updates and config.stop_epochs_at_kl is not None and moved > config.stop_epochs_at_kl:
             learner.forget()
@@ -288,16 +291,16 @@ def backward(
     total: int,
     step: int,
     config: PPOConfig,
-) -> Float[np.ndarray, "4"]:
+) -> Float[Tensor, "4"]:
     """Add the gradients of a few prompts; returns the sums over tokens of policy loss, clipping, value loss, and of the
-    KL from the policy that sampled to this one (k3).
+    KL from the policy that sampled to this one (k3), in float64 and where the models are: nothing is read here.
 
     `per_token_BKR`: log-probabilities when sampled, advantages, and with a critic values when sampled and returns.
     `kept`: the nucleus when sampled.
     """
-    mask, sums = batch.mask_BKR, np.zeros(4)
+    mask, sums = batch.mask_BKR, torch.zeros(4, dtype=torch.float64, device=batch.mask_BKR.device)
     old, advantage, *critic = per_token_BKR
-    learns, states, loss = step > config.critic_warmup, None, torch.zeros(())
+    learns, states, loss = step > config.critic_warmup, None, torch.zeros((), device=mask.device)
     if learns or models.shared:
         with torch.set_grad_enabled(learns):
             states = models.policy.states(batch)
@@ -306,7 +309,8 @@ def backward(
         policy_loss, clipped = clipped_surrogate(now, old, advantage, clip=config.clip)
         loss = policy_loss[mask].sum() / total
         moved = kl_k3(old, now.detach())
-        sums[[0, 1, 3]] = [x[mask].sum().item() for x in (policy_loss, clipped, moved)]
+        for place, x in ((0, policy_loss), (1, clipped), (3, moved)):
+            sums[place] = x.detach()[mask].sum()
     if learns and not models.shared:
         # Before the critic's pass, so that only one of the two graphs is in memory.
         loss.backward()
@@ -314,7 +318,7 @@ def backward(
         critic_loss = value_loss(values, *critic, clip=config.value_clip)
         value = critic_loss[mask].sum() / total
         (loss + config.value_coef * value if models.shared else value).backward()
-        sums[2] = critic_loss[mask].sum().item()
+        sums[2] = critic_loss.detach()[mask].sum()
     return sums
 
 

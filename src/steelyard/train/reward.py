@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid
@@ -68,6 +68,7 @@ class RewardConfig(Config):
     on_invalid: OnInvalid = Field("error", description="malformed rows: stop with a list, or skip and count them")
     max_tokens: int = Field(2048, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights, head and loss stay float32")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="new head, order of the data, dropout masks, prototypes")
     eval_every: int | None = Field(
         50, ge=1, description="steps between examinations on the validation sets; none given: never"
@@ -120,11 +121,11 @@ def train_reward(
             return run.result()
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         model = RewardModel.from_language_model(
-            config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision
+            config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
         )
         model.eval()  # dropout that the model brings would follow no seed; `models.dropout` does
         freeze_below(model, config.trainable_layers)
-        prototypes = new_prototypes(config, model.head.in_features)
+        prototypes = new_prototypes(config, model.head.in_features, model.device)
         trained = [*model.parameters(), *([] if prototypes is None else [prototypes])]
         say = None if quiet else print
         pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid, say=say)
@@ -205,23 +206,23 @@ def reward_step(
 
     With a `cache` the outputs of the frozen layers are read from it.
 
-    Returns, per pair: loss, weight, r(chosen), r(rejected).
+    Returns, per pair: loss, weight, r(chosen), r(rejected); on the CPU.
     """
     total = sum(p.weight for p in pairs)
-    seen = torch.zeros(len(pairs), 4)
+    seen = torch.zeros(len(pairs), 4, device=model.device)
     if total == 0:
-        return seen
+        return seen.cpu()
     for group in pack([len(t) for t in trees], config.max_tokens):
         micro = [trees[i] for i in group]
         if cache is None:
-            rewards = model(collate(micro, encoder.pad_id))
+            rewards = model(collate(micro, encoder.pad_id, model.device))
         else:
             rewards = cache.rewards(micro, pad_id=encoder.pad_id)
         loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
-        weight = torch.tensor([pairs[i].weight for i in group])
+        weight = torch.tensor([pairs[i].weight for i in group], device=model.device)
         ((loss * weight).sum() / total).backward()
         seen[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
-    return seen
+    return seen.cpu()
 
 
 def open_cache(

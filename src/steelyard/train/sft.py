@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, OverlongError, Tree
 from steelyard.data.load import load_demonstrations
@@ -52,6 +52,7 @@ class SFTConfig(Config):
     on_overlong: OnOverlong = Field("truncate-prompt", description="what to do with longer ones")
     max_tokens: int = Field(4096, ge=16, description="tokens computed at once (memory, not results)")
     precision: Precision = Field("float32", description="arithmetic of the trunk; weights stay float32")
+    device: Device = "cpu"
     seed: int = Field(0, ge=0, description="fresh weights and order of the data")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
@@ -108,13 +109,13 @@ def train_sft(config: SFTConfig, out: Path, *, resume: bool = False, quiet: bool
 def sft_step(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens: int) -> tuple[float, int]:
     """Accumulate the gradient of the mean loss over all response tokens; returns (loss in nats, tokens)."""
     total = sum(len(t.responses[0]) for t in trees)
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for group in pack([len(t) for t in trees], max_tokens):
-        batch = collate([trees[i] for i in group], pad_id)
+        batch = collate([trees[i] for i in group], pad_id, model.device)
         loss = -model(batch).sampled_BKR.sum() / total
         loss.backward()
-        loss_sum += loss.item()
-    return loss_sum, total
+        loss_sum += loss.detach()
+    return loss_sum.item(), total
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def sft_loss(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens:
     """Mean negative log-likelihood per response token, in nats."""
     loss = 0.0
     for group in pack([len(t) for t in trees], max_tokens):
-        loss -= model(collate([trees[i] for i in group], pad_id)).sampled_BKR.sum().item()
+        loss -= model(collate([trees[i] for i in group], pad_id, model.device)).sampled_BKR.sum().item()
     return loss / sum(len(t.responses[0]) for t in trees)
 
 
@@ -138,7 +139,7 @@ def _start(config: SFTConfig) -> tuple[PolicyModel, Encoder]:
     folder = config.tokenizer or config.model
     encoder = Encoder.load(folder, max_length=config.max_length, on_overlong=config.on_overlong)
     if not scratch:
-        return PolicyModel.load(config.model, precision=config.precision), encoder
+        return PolicyModel.load(config.model, precision=config.precision, device=config.device), encoder
     shape = config.scratch
     if shape.width % shape.heads:
         raise InputError(f"scratch.heads must divide scratch.width, got {shape.heads} and {shape.width}")
@@ -149,6 +150,7 @@ def _start(config: SFTConfig) -> tuple[PolicyModel, Encoder]:
         heads=shape.heads,
         context=shape.context,
         seed=config.seed,
+        device=config.device,
     )
     model.precision = config.precision
     return model, encoder

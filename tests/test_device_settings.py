@@ -1,0 +1,143 @@
+"""The setting `device`: what it takes, where it goes, and that older run folders do not mind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from steelyard import iterate
+from steelyard.errors import InputError
+from steelyard.iterate import Round, RoundsConfig
+from steelyard.models import load
+from steelyard.models.next_token import Nucleus
+from steelyard.parallel import default_workers
+from steelyard.ppo_settings import PPOConfig, check
+from steelyard.recipe import PolicyConfig, Recipe, baseline_config, evaluation_config, ppo_config, strength_config
+from steelyard.run_dir import RunDir
+from steelyard.settings import checked, parse
+from steelyard.stages import build_reward
+from steelyard.train.reward import RewardConfig
+
+PATHS = {"policy": "p", "reward_model": "r", "prompts": "x"}
+
+
+@pytest.fixture
+def one_gpu() -> Iterator[None]:
+    with mock.patch.object(torch.cuda, "device_count", return_value=1):
+        yield
+
+
+class TestWhatItTakes:
+    @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0"])
+    def test_devices_that_are_there(self, name: str, one_gpu: None) -> None:
+        assert RewardConfig(data="", model="", device=name).device == name
+
+    @pytest.mark.parametrize("name", ["gpu", "auto", "cuda:", "cuda:x", "cpu:0", "mps", "cuda:-1", ""])
+    def test_other_names(self, name: str, one_gpu: None) -> None:
+        with pytest.raises(ValidationError, match="must be cpu, cuda or cuda:N"):
+            RewardConfig(data="", model="", device=name)
+
+    def test_a_device_that_is_not_there_is_refused_by_field(self, one_gpu: None) -> None:
+        with mock.patch.object(torch.version, "cuda", "13.0"), pytest.raises(InputError) as error:
+            checked(RewardConfig, {"data": "", "model": "", "device": "cuda:1"})
+        assert str(error.value).startswith(
+            "device: 'cuda:1' cannot be reached: torch finds 1 CUDA devices here; use cpu"
+        )
+
+    def test_a_torch_without_cuda_says_so(self) -> None:
+        with (
+            mock.patch.object(torch.version, "cuda", None),
+            mock.patch.object(torch.cuda, "device_count", return_value=0),
+            pytest.raises(InputError, match="--device: 'cuda' cannot be reached: this torch is built without CUDA"),
+        ):
+            parse(RewardConfig, ["--data", "d", "--model", "m", "--device", "cuda"], verb="train reward", about="")
+
+
+class TestRunFolders:
+    def test_a_run_from_before_there_were_devices_goes_on(self, tmp_path: Path) -> None:
+        config = RewardConfig(data="d", model="m")
+        RunDir.open(tmp_path, config, resume=False).close()
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert "device" not in stored
+        RunDir.open(tmp_path, config, resume=True).close()
+
+    def test_another_device_is_another_run(self, tmp_path: Path, one_gpu: None) -> None:
+        RunDir.open(tmp_path, RewardConfig(data="d", model="m"), resume=False).close()
+        with pytest.raises(InputError, match=r'device: stored \(absent\), given "cuda"'):
+            RunDir.open(tmp_path, RewardConfig(data="d", model="m", device="cuda"), resume=True)
+
+    def test_a_resolved_file_counts_as_before(self) -> None:
+        """Every field is set there but the device, which is left out: none counts as chosen at its default."""
+        stored = PPOConfig(**PATHS, reward="plain").model_dump(mode="json")
+        assert "device" not in stored
+        again = PPOConfig.model_validate(stored)
+        assert again.given() == {"policy", "reward_model", "prompts", "reward"}
+        check(again)
+
+
+class TestWhereItGoes:
+    def test_a_recipe_fills_it_in_like_the_seed(self, one_gpu: None) -> None:
+        policy = PolicyConfig(ppo={"device": "cpu"}, evaluate={"k": 3})
+        recipe = Recipe(world={}, device="cuda", policy=policy, strength={"members": 2})
+        assert strength_config(recipe, "in-sample", data="", model="").device == "cuda"
+        assert build_reward(recipe)["device"] == evaluation_config(recipe, policy).device == "cuda"
+        assert baseline_config(recipe, policy, model="", prompts="", reward_model="").device == "cuda"
+        paths = {"model": "", "prompts": "", "reward_model": "", "baselines": "", "gold": None}
+        assert ppo_config(recipe, policy, "plain PPO", **paths).device == "cpu"  # type: ignore[arg-type]
+
+    def test_rounds_fill_it_in(self, one_gpu: None) -> None:
+        config = RoundsConfig(
+            sft="s",
+            reward_model="r",
+            prompts="p",
+            eval_prompts="e",
+            data="d",
+            device="cuda",
+            meta_sample={"device": "cpu"},
+        )
+        now = Round(1, "p", "r")
+        stages = [
+            iterate._ppo(config, now, baselines="b"), iterate._reward(config, 1, model="m", meta="x"),
+            iterate._baselines(config, now), iterate._meta_sample(config, 1, "p"),
+        ]  # fmt: skip
+        assert [stage.device for stage in stages] == ["cuda", "cuda", "cuda", "cpu"]
+
+    def test_jobs_on_a_gpu_run_one_by_one(self) -> None:
+        assert default_workers("cuda") == default_workers("cuda:1") == 1
+
+
+class TestSlowBfloat16:
+    @pytest.mark.parametrize(
+        ("precision", "device", "capabilities", "warned"),
+        [
+            ("bfloat16", "cpu", {"avx2": True, "avx512_bf16": False}, True),
+            ("bfloat16", "cpu", {"avx512_bf16": True}, False),
+            ("bfloat16", "cpu", {"architecture": "aarch64", "bf16": True}, False),
+            ("float32", "cpu", {"avx2": True}, False),
+            ("bfloat16", "cuda", {"avx2": True}, False),
+        ],
+    )
+    def test_it_is_said_once(
+        self, precision: load.Precision, device: str, capabilities: dict[str, bool], warned: bool,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        load._say_slow.cache_clear()
+        with mock.patch.object(torch.cpu, "get_capabilities", return_value=capabilities):
+            for _ in range(2):
+                load.say_if_slow(precision, torch.device(device))
+        assert capsys.readouterr().err.count("no bfloat16 instructions") == warned
+
+
+def test_a_nucleus_in_parts() -> None:
+    whole = Nucleus(torch.tensor([3, 1, 2, 0, 2]), torch.tensor([2, 1, 2]))
+    first, second = whole.split([2, 1])
+    assert (first.tokens_L.tolist(), first.counts_n.tolist()) == ([3, 1, 2], [2, 1])
+    assert (second.tokens_L.tolist(), second.counts_n.tolist()) == ([0, 2], [2])
+    assert whole.split([3]) == [whole]
+    assert whole.allowed(4).int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 1, 0]]
