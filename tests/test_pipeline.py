@@ -179,6 +179,8 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         assert start(whole[0], patch, "--resume") == 0
         # The stored recipe does as well as the one given.
         assert main(["run", "run/recipe.yaml", "--out", "run", "--resume"]) == 0
+        # Another number of workers decides no result.
+        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume", "--set", "workers=1"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tables"] == tables
     assert [s["name"] for s in summary["stages"]] == STAGES
@@ -188,7 +190,9 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         assert start(whole[0], patch) == 2
         assert "holds a run already; go on with --resume" in capsys.readouterr().err
         assert start(whole[0], patch, "--resume", "--set", "seed=5") == 2
-        assert "holds a run of another recipe" in capsys.readouterr().err
+        refused = capsys.readouterr().err
+        assert "holds a run of another recipe" in refused
+        assert "differs in seed" in refused
     assert results(run) == before
 
 

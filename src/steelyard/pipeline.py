@@ -29,8 +29,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
     stored = out / "recipe.yaml"
     if stored.exists() and not resume:
         raise InputError(f"{out}: holds a run already; go on with --resume, or give another folder (--out)")
-    if stored.exists() and stored.read_text() != text:
-        raise InputError(f"{out}: holds a run of another recipe ({stored}); give another folder")
+    if stored.exists() and (other := _differ(stored.read_text(), text)):
+        raise InputError(
+            f"{out}: holds a run of another recipe ({stored}); it differs in {', '.join(other)}; give another folder"
+        )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a folder, but it is a file: give another path")
     out.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,12 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
     summary = {"tables": tables(out), "stages": run.stages}
     write_json_atomic(out / "summary.json", summary)
     return summary
+
+
+def _differ(stored: str, wanted: str) -> list[str]:
+    """The sections in which two recipes differ; how many workers share the jobs decides no result."""
+    before, now = yaml.safe_load(stored), yaml.safe_load(wanted)
+    return sorted(k for k in before.keys() | now.keys() if k != "workers" and before.get(k) != now.get(k))
 
 
 class _Run:
