@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,9 @@ def say_if_slow(precision: Precision, device: torch.device) -> None:
 
 
 def _has_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch do not tell
     names = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
     return not capabilities or any(capabilities.get(name, False) for name in names)
 
