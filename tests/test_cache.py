@@ -20,7 +20,7 @@ from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.models import cache as module
-from steelyard.models.cache import TrunkCache, canonical, key, lower_layers
+from steelyard.models.cache import TrunkCache, key, lower_layers
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import run_jobs
 from steelyard.train.optim import OptimConfig
@@ -103,15 +103,31 @@ def test_swapped_pairs_and_other_files_find_the_same_entries(
     cache = TrunkCache(tmp_path, model, source="a", cut=1)
     cache.prepare(trees)
     turned = [swap(t) for t in trees[::-1]]
-    assert {key(t) for t in turned} == {key(t) for t in trees}
-    assert all(canonical(t) == canonical(swap(t)) for t in trees)
     again = TrunkCache(tmp_path, model, source="a", cut=1)
     assert again.prepare(turned) == 0
     np.testing.assert_allclose(again.score(turned, pad_id=PAD), model.score(turned, pad_id=PAD), rtol=1e-5, atol=1e-5)
-    # Where a response ends decides too: the same tokens cut elsewhere are another pair.
-    tree = trees[0]
-    moved = Tree(tree.prompt + tree.responses[0][:1], (tree.responses[0][1:], tree.responses[1]))
-    assert key(moved) != key(tree)
+    # Where the prompt ends decides too: the same tokens cut elsewhere are another response.
+    prompt, response = trees[0].prompt, trees[0].responses[0]
+    assert key(prompt + response[:1], response[1:]) != key(prompt, response)
+    assert again.missing([Tree(prompt + response[:1], (response[1:],))])
+
+
+def test_responses_that_pairs_share_are_computed_and_stored_once(
+    model: RewardModel, trees: list[Tree], tmp_path: Path
+) -> None:
+    """Four responses to a prompt make six pairs; a fifth one that comes later costs itself and the prompt."""
+    prompt, responses = trees[0].prompt, [t.responses[i] for t in trees[:2] for i in (0, 1)]
+    pairs = [Tree(prompt, (a, b)) for i, a in enumerate(responses) for b in responses[:i]]
+    cache = TrunkCache(tmp_path, model, source="a", cut=1)
+    assert cache.prepare(pairs) == len(prompt) + sum(map(len, responses)) < sum(map(len, pairs)) / 2
+    new = trees[2].responses[0]
+    later = [Tree(prompt, (new, r)) for r in responses]
+    assert cache.prepare(pairs + later) == len(prompt) + len(new)
+    stored = sum(np.load(p, mmap_mode="r").shape[0] for p in cache.folder.glob("part-?-????????????????.npy"))
+    assert stored == len(prompt) + sum(map(len, responses)) + len(new)
+    alone = [[float(model.score([Tree(prompt, (r,))], pad_id=PAD)[0, 0]) for r in t.responses] for t in pairs + later]
+    for scorer in (cache, model):
+        np.testing.assert_allclose(scorer.score(pairs + later, pad_id=PAD), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_sets_that_share_pairs_are_scored_once(
@@ -174,7 +190,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     need = sum(map(len, trees)) * 32 * 4
     said: list[str] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
-    with pytest.raises(InputError, match=r"24 trees: .* free; free the disk.*activation_precision"):
+    with pytest.raises(InputError, match=r"48 responses: .* free; free the disk.*activation_precision"):
         cache.prepare(trees, say=said.append)
     assert not said
     assert not list(cache.folder.glob("*.npy"))
@@ -253,7 +269,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(
     again = TrunkCache(tmp_path, model, source="a", cut=1)
     left = again.missing(trees)
     assert len(left) == len(trees) - 6
-    assert again.prepare(trees) == sum(map(len, left.values()))
+    assert again.prepare(trees) == sum(map(len, left))
     assert not list(cache.folder.glob(".part-*"))
     np.testing.assert_allclose(again.score(trees, pad_id=PAD), model.score(trees, pad_id=PAD), rtol=1e-5, atol=1e-5)
 
@@ -323,7 +339,7 @@ def test_weights_and_margins_do_not_matter_to_the_entry(
     encoder = Encoder.load(language_model("llama"), max_length=64)
     pairs = load_preferences(planted["clean"]).preferences
     weighed = [replace(p, weight=0.5, margin=1.0, flip_prob=0.2) for p in pairs]
-    assert [key(t) for t in encoder.encode(pairs).trees] == [key(t) for t in encoder.encode(weighed).trees]
+    assert encoder.encode(pairs).trees == encoder.encode(weighed).trees
 
 
 @pytest.mark.parametrize(

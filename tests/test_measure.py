@@ -265,7 +265,7 @@ def test_lora_without_peft_says_what_to_install(
 
 
 def test_tokens_of_adapters_and_of_whole_models(language_model: Folders, planted: dict[str, str]) -> None:
-    trees = [tiny_tree(0)] * 10  # 8 tokens each
+    trees = [tiny_tree(n) for n in range(10)]  # 8 tokens each, no two alike
     model = language_model("llama")
     full = configure(planted, model, **FULL | {"member": MemberConfig(epochs=1.5)})
     # 1.5 passes at 3, judging of 4 pairs, and the final scoring of all 10.

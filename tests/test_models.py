@@ -125,15 +125,15 @@ def test_sets_that_share_pairs_are_scored_once_and_as_they_would_be_alone(
     sets = {"original": TREES, "swapped": swapped, "part": TREES[:1]}
     expected = {name: model.score(trees, pad_id=tiny.UNK) for name, trees in sets.items()}
     computed: list[int] = []
-    score = RewardModel.score
+    forward = RewardModel.forward
 
-    def counted(self: RewardModel, trees: Any, **settings: Any) -> Any:
-        computed.append(len(trees))
-        return score(self, trees, **settings)
+    def counted(self: RewardModel, batch: Any) -> Any:
+        computed.append(batch.tokens)
+        return forward(self, batch)
 
-    monkeypatch.setattr(RewardModel, "score", counted)
+    monkeypatch.setattr(RewardModel, "forward", counted)
     found = model.score_sets(sets, pad_id=tiny.UNK)
-    assert computed == [len(TREES)]
+    assert sum(computed) == sum(map(len, TREES))
     for name, rewards in expected.items():
         np.testing.assert_allclose(found[name], rewards, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found["swapped"], found["original"][:, ::-1])

@@ -1,6 +1,6 @@
 """Cheap ensemble members: linear reward heads on one cached pass of a frozen trunk.
 
-The trunk reads every pair once. Of several layers two features are kept for each response: the state at its last
+The trunk reads every distinct response once. Of several layers two features are kept for each response: the state at its last
 token and the mean over its tokens. A member is a Bradley-Terry model that is linear in them, fitted to the
 optimum (a convex problem, so members differ by the pairs they see, not by their seed's luck): in-sample members
 see a bootstrap of the prompts, out-of-fold members see the folds they do not score.
@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
 
-from steelyard.data.collate import TreeBatch, collate, pack
+from steelyard.data.collate import TreeBatch, collate
+from steelyard.data.distinct import batches, distinct
 from steelyard.data.encode import Tree
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import run_trunk
@@ -52,13 +53,21 @@ def features(
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
     model.eval()
     depth = model.hf.config.get_text_config().num_hidden_layers
-    groups = pack([len(t) for t in trees], max_tokens)
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    for i, tree in enumerate(trees):
+        for side, response in enumerate(tree.responses):
+            places.setdefault((tree.prompt, response), []).append((i, side))
+    groups = batches(distinct(trees, max_tokens), max_tokens)
     with Progress(len(groups), "features", quiet=quiet or None) as progress:
         for step, group in enumerate(groups, 1):
-            batch = collate([trees[i] for i in group], pad_id, model.device)
+            batch = collate(group, pad_id, model.device)
             output = run_trunk(model.trunk, batch, model.precision, collect=layers)
             states = output.collected | {depth: output.states_TD}  # the last layer's behind the final norm
-            out[group] = torch.cat([_pool(states[layer].float(), batch) for layer in layers], -1).cpu().numpy()
+            pooled_BKF = torch.cat([_pool(states[layer].float(), batch) for layer in layers], -1).cpu().numpy()
+            for tree, row_KF in zip(group, pooled_BKF, strict=True):
+                for response, own_F in zip(tree.responses, row_KF, strict=True):
+                    at = places[tree.prompt, response]
+                    out[[i for i, _ in at], [side for _, side in at]] = own_F
             progress.update(step, tokens=batch.tokens)
     out.flush()
     os.replace(temporary, path)
@@ -66,7 +75,7 @@ def features(
 
 
 def _pool(states_TD: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
-    """(B, 2, 2D): the state at the last token, and the mean over the response's tokens."""
+    """(B, K, 2D): the state at the last token, and the mean over the response's tokens."""
     mask = batch.mask_BKR[..., None].float()
     return torch.cat([states_TD[batch.last_BK], (states_TD[batch.at_BKR] * mask).sum(2) / mask.sum(2)], -1)
 

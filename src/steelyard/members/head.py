@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from steelyard.baselines import fingerprint
+from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder, Tree
 from steelyard.members.config import StrengthConfig
 from steelyard.members.cost import Cost, metered
@@ -30,7 +31,7 @@ def read_features(
     # Beside the run's folder, so that both scorings of one data set share the pass.
     key = hashlib.sha256(repr((fingerprint(config.model), chosen, config.precision, trees)).encode()).hexdigest()[:16]
     path = out.parent / f"features-{key}.npy"
-    computed = 0 if path.exists() else sum(map(len, trees))
+    computed = 0 if path.exists() else tokens_of(trees, config.max_tokens)
     table = features(model, trees, chosen, path, pad_id=encoder.pad_id, max_tokens=config.max_tokens, quiet=quiet)
     return table, chosen, computed
 

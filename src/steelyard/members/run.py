@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder, Tree
 from steelyard.members.config import StrengthConfig
 from steelyard.members.cost import Cost, metered
@@ -75,7 +76,7 @@ def prepare(config: StrengthConfig, encoder: Encoder, trees: Sequence[Tree], out
                 config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
             )
             before = open_cache(settings, model, [])
-            missing = sum(map(len, before.missing(trees).values())) if before is not None else 0
+            missing = sum(map(len, before.missing(trees, config.max_tokens))) if before is not None else 0
             open_cache(settings, model, trees, quiet=quiet)
             cost.tokens = shared_tokens(config, missing)
     return cost
@@ -89,11 +90,11 @@ def shared_tokens(config: StrengthConfig, tokens: int) -> float:
 def member_tokens(config: StrengthConfig, train: Sequence[Tree], judged: Sequence[Tree]) -> float:
     """Tokens that one member's training and judging push through the model, as `Cost` counts them."""
     trained = config.member.epochs * sum(map(len, train))
-    scored = sum(map(len, judged))
+    scored = tokens_of(judged, config.max_tokens)
     if config.backend == "lora":
         return 2 * trained + scored
     # `train_reward` ends by scoring some of its pairs, for the reward's mean and std.
-    scored += sum(map(len, train[:: -(-len(train) // NORMAL_PAIRS)]))
+    scored += tokens_of(train[:: -(-len(train) // NORMAL_PAIRS)], config.max_tokens)
     top = _trained_share(config)
     below = 0.0 if config.backend == "layers" else 1 - top
     return trained * (3 * top + below) + scored * (top + below)

@@ -1,9 +1,9 @@
 """The outputs of frozen layers on disk: computed once for a data set, read by everything that trains the layers above.
 
-An entry holds the states of all tokens of one tree before layer `cut`. It belongs to the tree's tokens, not to their
-roles: with chosen and rejected swapped, with another weight or margin, in a subset or in another file, the same pair
-finds the same entry. Several processes may fill and read one folder at once: a part is built under a lock and renamed
-into its place when it is whole.
+An entry holds the states before layer `cut` of a prompt's tokens, or of a response's. It belongs to these tokens, not to
+their roles: chosen or rejected, in whatever pair, with another weight or margin, in a subset or in another file, the same
+response finds the same entry. Several processes may fill and read one folder at once: a part is built under a lock and
+renamed into its place when it is whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steelyard.data.collate import collate, pack
+from steelyard.data.collate import collate
+from steelyard.data.distinct import batches, distinct
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
+from steelyard.models import scoring
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision, in_parts, run_trunk
 
@@ -96,7 +98,14 @@ class TrunkCache:
         self.model, self.cut = model, cut
         self.width = int(model.hf.config.get_text_config().hidden_size)
         self._stored = _STORED[states]
-        about = {"model": source, "layers": cut, "precision": model.precision, "states": states, "width": self.width}
+        about = {
+            "entries": "responses",
+            "model": source,
+            "layers": cut,
+            "precision": model.precision,
+            "states": states,
+            "width": self.width,
+        }
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(folder) / f"layers-{cut}-{name}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,10 +113,15 @@ class TrunkCache:
         self._shards: dict[str, np.ndarray] = {}
         self._places: dict[bytes, tuple[str, int]] = {}
 
-    def missing(self, trees: Sequence[Tree]) -> dict[bytes, Tree]:
-        """Those of the trees that are not there yet, by their key."""
+    def missing(self, trees: Iterable[Tree], max_tokens: int = 4096) -> list[Tree]:
+        """What would have to be computed: trees with the responses that are not there yet, each once."""
         self._read()
-        return {k: t for t in trees if (k := key(t)) not in self._places}
+        left = []
+        for tree in trees:
+            new = tuple(r for r in tree.responses if key(tree.prompt, r) not in self._places)
+            if new:
+                left.append(Tree(tree.prompt, new))
+        return distinct(left, max_tokens)
 
     def prepare(
         self,
@@ -124,14 +138,15 @@ class TrunkCache:
 
         Raises InputError if the disk has no room, or if entries that are there were made by other weights.
         """
-        missing = self.missing(trees)
-        if known := next((t for t in trees if key(t) in self._places), None):
-            self._check(known)
+        missing = self.missing(trees, max_tokens)
+        known = (Tree(t.prompt, (r,)) for t in trees for r in t.responses if key(t.prompt, r) in self._places)
+        if (one := next(known, None)) is not None:
+            self._check(one)
         if not missing:
             return 0
         self._require_room(missing, say)
         computed = 0
-        parts = {k[0] % PARTS for k in missing}
+        parts = {_part(t) for t in missing}
         # First the parts that nobody else is building, beginning anywhere; then those that somebody was.
         order = sorted(parts, key=lambda part: (part - os.getpid()) % PARTS)
         for patient in (False, True):
@@ -143,15 +158,9 @@ class TrunkCache:
         """States before layer `cut`, float32, in the order in which `collate` lays out these trees."""
         rows = []
         for tree in trees:
-            shard, start = self._place(tree)
-            order = _order(tree)
-            at = start + len(tree.prompt)
-            rows.append(self._shards[shard][start:at])
-            place = {}
-            for k in order:
-                place[k] = self._shards[shard][at : at + len(tree.responses[k])]
-                at += len(tree.responses[k])
-            rows += [place[k] for k in range(len(tree.responses))]
+            for entry, tokens in _entries(tree):
+                shard, start = self._place(tree, entry)
+                rows.append(self._shards[shard][start : start + tokens])
         stored = torch.from_numpy(np.concatenate(rows))
         states = stored.view(torch.bfloat16) if self._stored == np.uint16 else stored
         return states.float().to(self.model.device)
@@ -165,35 +174,23 @@ class TrunkCache:
         rewards: Tensor = model.head(top.states_TD.view(*batch.last_BK.shape, -1).float()).squeeze(-1)
         return rewards
 
-    @torch.no_grad()
     def score(self, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 8192) -> Float[np.ndarray, "N K"]:
-        """`RewardModel.score` with the lower layers read; trees that are not there yet are added."""
-        self.prepare(trees, max_tokens=max_tokens)
-        rewards = np.zeros((len(trees), len(trees[0].responses) if trees else 0), dtype=np.float32)
-        with _evaluating(self.model):
-            for group in pack([len(t) for t in trees], max_tokens):
-                rewards[group] = self.rewards([trees[i] for i in group], pad_id=pad_id).cpu().numpy()
-        return rewards
+        """`RewardModel.score` with the lower layers read; responses that are not there yet are added."""
+        return self.score_sets({"": trees}, pad_id=pad_id, max_tokens=max_tokens)[""]
 
+    @torch.no_grad()
     def score_sets(
         self, sets: Mapping[str, Sequence[Tree]], *, pad_id: int, max_tokens: int = 8192
     ) -> dict[str, Float[np.ndarray, "N K"]]:
-        """`score` for several sets that share pairs, in either order: every pair is computed once."""
-        distinct = {key(t): t for trees in sets.values() for t in trees}
-        rewards = self.score(list(distinct.values()), pad_id=pad_id, max_tokens=max_tokens)
-        known = {
-            k: dict(zip(t.responses, row, strict=True)) for (k, t), row in zip(distinct.items(), rewards, strict=True)
-        }
-        return {
-            name: np.array([[known[key(t)][r] for r in t.responses] for t in trees], dtype=np.float32)
-            for name, trees in sets.items()
-        }
+        """`score` for several sets; what they share is computed once."""
+        self.prepare([t for trees in sets.values() for t in trees], max_tokens=max_tokens)
+        with _evaluating(self.model):
+            return scoring.score_sets(lambda trees: self.rewards(trees, pad_id=pad_id).cpu(), sets, max_tokens)
 
-    def _place(self, tree: Tree) -> tuple[str, int]:
-        name = key(tree)
-        if name not in self._places:
+    def _place(self, tree: Tree, entry: bytes) -> tuple[str, int]:
+        if entry not in self._places:
             self.prepare([tree])
-        shard, start = self._places[name]
+        shard, start = self._places[entry]
         if shard not in self._shards:
             self._shards[shard] = self._open(shard)
         return shard, start
@@ -222,12 +219,12 @@ class TrunkCache:
                 raise InputError(f"{path}: a damaged index ({error}); delete {self.folder}") from None
             self._places |= {k.tobytes(): (shard, start) for k, start in rows}
 
-    def _require_room(self, missing: Mapping[bytes, Tree], say: Callable[[str], None] | None) -> None:
-        need = sum(map(len, missing.values())) * self.width * self._stored.itemsize
+    def _require_room(self, missing: Sequence[Tree], say: Callable[[str], None] | None) -> None:
+        need = sum(tokens for own in self._new(missing) for _, _, tokens in own) * self.width * self._stored.itemsize
         free = shutil.disk_usage(self.folder).free
         what = (
-            f"outputs of {self.cut} frozen layers for {len(missing)} trees: {_size(need)} to {self.folder}, "
-            f"{_size(free)} free"
+            f"outputs of {self.cut} frozen layers for {sum(len(t.responses) for t in missing)} responses: {_size(need)} "
+            f"to {self.folder}, {_size(free)} free"
         )
         if need > 0.95 * free:
             raise InputError(
@@ -237,39 +234,52 @@ class TrunkCache:
         if say is not None:
             say(what)
 
+    def _new(self, trees: Sequence[Tree]) -> list[list[tuple[bytes, int, int]]]:
+        """Of each tree the entries that neither the folder nor a tree before it has: (key, place in it, tokens)."""
+        seen: set[bytes] = set()
+        found = []
+        for tree in trees:
+            own, at = [], 0
+            for entry, tokens in _entries(tree):
+                if entry not in self._places and entry not in seen:
+                    seen.add(entry)
+                    own.append((entry, at, tokens))
+                at += tokens
+            found.append(own)
+        return found
+
     def _fill(
         self,
-        missing: Mapping[bytes, Tree],
+        missing: Sequence[Tree],
         part: int,
         patient: bool,
         max_tokens: int,
         on_tokens: Callable[[int], None] | None,
     ) -> int:
         """Build one part's missing entries, unless another process is at it (`patient`: wait for that process)."""
-        mine = {k: t for k, t in missing.items() if k[0] % PARTS == part and k not in self._places}
-        if not mine:
+        mine = [t for t in missing if _part(t) == part]
+        if not self.missing(mine, max_tokens):
             return 0
         computed = 0
         with _lock(self.folder / f"part-{part:x}.lock", wait=patient) as held:
             if held is False:
                 return 0
-            self._read()
-            mine = {k: t for k, t in mine.items() if k not in self._places}
+            mine = self.missing(mine, max_tokens)
             # Where there are no locks, another process's build must not be taken for a killed one.
             for leftover in self.folder.glob(f".part-{part:x}-*") if held else ():
                 leftover.unlink(missing_ok=True)
-            for keys in self._shares(mine):
-                self._build(part, {k: mine[k] for k in keys}, max_tokens, on_tokens)
-                computed += sum(len(mine[k]) for k in keys)
-            self._read()
+            for share in self._shares(mine):
+                self._build(part, share, max_tokens, on_tokens)
+                computed += sum(map(len, share))
+                self._read()
         return computed
 
-    def _shares(self, entries: Mapping[bytes, Tree]) -> Iterator[list[bytes]]:
-        """The entries in shards of bounded size."""
-        share: list[bytes] = []
+    def _shares(self, trees: Sequence[Tree]) -> Iterator[list[Tree]]:
+        """The trees in shards of bounded size."""
+        share: list[Tree] = []
         size = 0
-        for k, tree in entries.items():
-            share.append(k)
+        for tree in trees:
+            share.append(tree)
             size += len(tree) * self.width * self._stored.itemsize
             if size >= SHARD_BYTES:
                 yield share
@@ -279,26 +289,30 @@ class TrunkCache:
 
     @torch.no_grad()
     def _build(
-        self, part: int, entries: Mapping[bytes, Tree], max_tokens: int, on_tokens: Callable[[int], None] | None
+        self, part: int, trees: Sequence[Tree], max_tokens: int, on_tokens: Callable[[int], None] | None
     ) -> None:
-        trees = [canonical(t) for t in entries.values()]
-        lengths = np.array([len(t) for t in trees])
+        new = self._new(trees)
+        entries = [entry for own in new for entry, _, _ in own]
+        lengths = np.array([tokens for own in new for _, _, tokens in own])
         starts = np.cumsum(lengths) - lengths
+        to = dict(zip(entries, starts.tolist(), strict=True))
+        stored = dict(zip(trees, new, strict=True))
         shard = f"part-{part:x}-{hashlib.sha256(b''.join(entries)).hexdigest()[:16]}"
 
         def write(path: Path) -> None:
             out = np.lib.format.open_memmap(path, mode="w+", dtype=self._stored, shape=(int(lengths.sum()), self.width))
-            for group in pack(lengths.tolist(), max_tokens):
-                states = self._compute([trees[i] for i in group])
-                at = 0
-                for i in group:
-                    out[starts[i] : starts[i] + lengths[i]] = states[at : at + lengths[i]]
-                    at += int(lengths[i])
+            for group in batches(trees, max_tokens):
+                states = self._compute(group)
+                root = 0
+                for tree in group:
+                    for entry, at, tokens in stored[tree]:
+                        out[to[entry] : to[entry] + tokens] = states[root + at : root + at + tokens]
+                    root += len(tree)
                 if on_tokens is not None:
-                    on_tokens(at)
+                    on_tokens(root)
             out.flush()
 
-        index = np.zeros(len(trees), _INDEX)
+        index = np.zeros(len(entries), _INDEX)
         index["key"] = np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 16)
         index["start"], index["tokens"] = starts, lengths
         with _evaluating(self.model):
@@ -316,13 +330,12 @@ class TrunkCache:
         return found
 
     def _check(self, tree: Tree) -> None:
-        """Raise InputError unless a stored entry is what the model computes now."""
+        """Raise InputError unless the stored states of a tree are what the model computes now."""
         with _evaluating(self.model):
-            now = self._compute([canonical(tree)])
-        shard, start = self._place(tree)
-        there = self._shards[shard][start : start + len(tree)]
+            now = self._compute([tree])
+        there = self.states([tree]).cpu().numpy()
         if self._stored == np.uint16:
-            now, there = (torch.from_numpy(x.copy()).view(torch.bfloat16).float().numpy() for x in (now, there))
+            now = torch.from_numpy(now).view(torch.bfloat16).float().numpy()
         coarse = self._stored == np.uint16 or self.model.precision == "bfloat16"
         difference = float(np.abs(now - there).max() / np.abs(now).max())
         if not difference < (3e-2 if coarse else 1e-3):
@@ -332,22 +345,21 @@ class TrunkCache:
             )
 
 
-def canonical(tree: Tree) -> Tree:
-    """The tree with its responses in an order that does not depend on which one was chosen."""
-    return Tree(tree.prompt, tuple(tree.responses[k] for k in _order(tree)))
-
-
-def key(tree: Tree) -> bytes:
-    """16 bytes that stand for the tree's tokens, whichever response comes first."""
-    parts = (tree.prompt, *(tree.responses[k] for k in _order(tree)))
-    digest = hashlib.blake2b(np.array([len(parts), *map(len, parts)], np.int64).tobytes(), digest_size=16)
-    for part in parts:
-        digest.update(np.array(part, np.int64).tobytes())
+def key(prompt: Sequence[int], response: Sequence[int] = ()) -> bytes:
+    """16 bytes that stand for the tokens of a response to a prompt, or with no response of the prompt itself."""
+    digest = hashlib.blake2b(np.int64(len(prompt)).tobytes(), digest_size=16)
+    digest.update(np.array([*prompt, *response], np.int64).tobytes())
     return digest.digest()
 
 
-def _order(tree: Tree) -> list[int]:
-    return sorted(range(len(tree.responses)), key=lambda k: tree.responses[k])
+def _entries(tree: Tree) -> list[tuple[bytes, int]]:
+    """(key, tokens) of the prompt and of each response, as `collate` lays them out."""
+    return [(key(tree.prompt), len(tree.prompt)), *((key(tree.prompt, r), len(r)) for r in tree.responses)]
+
+
+def _part(tree: Tree) -> int:
+    """All responses to a prompt are built together."""
+    return key(tree.prompt)[0] % PARTS
 
 
 @contextlib.contextmanager

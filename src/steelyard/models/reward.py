@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steelyard.data.collate import TreeBatch, collate, pack
+from steelyard.data.collate import TreeBatch, collate
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
+from steelyard.models import scoring
 from steelyard.models.load import check_shared_prefix, open_model, quiet_loading, read_config, say_if_slow
 from steelyard.models.trunk import Precision, run_trunk
 
@@ -86,33 +87,23 @@ class RewardModel(nn.Module):
         states = run_trunk(self.trunk, batch, self.precision).states_TD
         return self.head(states[batch.before_BKR].float()).squeeze(-1)
 
-    @torch.no_grad()
     def score(self, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 8192) -> Float[np.ndarray, "N K"]:
-        """Raw rewards of many trees, in their order; all must have the same number of responses."""
-        rewards = np.zeros((len(trees), len(trees[0].responses) if trees else 0), dtype=np.float32)
-        training = self.training
-        self.eval()
-        for group in pack([len(t) for t in trees], max_tokens):
-            batch = collate([trees[i] for i in group], pad_id, self.device)
-            rewards[group] = self(batch).cpu().numpy()
-        self.train(training)
-        return rewards
+        """Raw rewards of many trees, in their order; all must have the same number of responses.
 
+        A response that several trees hold is computed once.
+        """
+        return self.score_sets({"": trees}, pad_id=pad_id, max_tokens=max_tokens)[""]
+
+    @torch.no_grad()
     def score_sets(
         self, sets: Mapping[str, Sequence[Tree]], *, pad_id: int, max_tokens: int = 8192
     ) -> dict[str, Float[np.ndarray, "N K"]]:
-        """`score` for several sets that share pairs (in either order): every pair is computed once."""
-        distinct = {(t.prompt, frozenset(t.responses)): t for trees in sets.values() for t in trees}
-        rewards = self.score(list(distinct.values()), pad_id=pad_id, max_tokens=max_tokens)
-        known = {
-            (t.prompt, response): reward
-            for t, row in zip(distinct.values(), rewards, strict=True)
-            for response, reward in zip(t.responses, row, strict=True)
-        }
-        return {
-            name: np.array([[known[t.prompt, r] for r in t.responses] for t in trees], dtype=np.float32)
-            for name, trees in sets.items()
-        }
+        """`score` for several sets; what they share is computed once."""
+        training = self.training
+        self.eval()
+        rewards = scoring.score_sets(lambda trees: self(collate(trees, pad_id, self.device)).cpu(), sets, max_tokens)
+        self.train(training)
+        return rewards
 
     @property
     def normal(self) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from steelyard.config import Config
+from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
@@ -191,7 +192,7 @@ def share(config: StrengthConfig, folder: Path, target: Path) -> None:
     """A job: one shared pass. After an interruption the times are those of the rest, in proportion to its tokens."""
     encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
     trees = encoder.encode(load_preferences(config.data, on_invalid=config.on_invalid).preferences).trees
-    whole = shared_tokens(config, sum(map(len, trees)))
+    whole = shared_tokens(config, tokens_of(trees, config.max_tokens))
     cost = prepare_members(config, encoder, trees, folder, quiet=True)
     stretch = whole / cost.tokens if cost.tokens else 1.0
     target.parent.mkdir(parents=True, exist_ok=True)

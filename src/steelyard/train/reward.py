@@ -238,7 +238,7 @@ def open_cache(
     cut = len(layers) - config.trainable_layers
     source = lower_layers(model, cut)
     cache = TrunkCache(config.activation_cache, model, source=source, cut=cut, states=config.activation_precision)
-    missing = list(cache.missing(trees).values())
+    missing = cache.missing(trees, config.max_tokens)
     done = 0
     with Progress(sum(map(len, missing)), "frozen layers", quiet=quiet or not missing or None) as progress:
 
