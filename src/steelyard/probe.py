@@ -1,6 +1,6 @@
 """Cheap ensemble members: linear reward heads on one cached pass of a frozen trunk.
 
-The trunk reads every distinct response once. Of several layers two features are kept for each response: the state at its last
+The trunk reads every distinct response once. Of several layers two features are kept for each: the state at its last
 token and the mean over its tokens. A member is a Bradley-Terry model that is linear in them, fitted to the
 optimum (a convex problem, so members differ by the pairs they see, not by their seed's luck): in-sample members
 see a bootstrap of the prompts, out-of-fold members see the folds they do not score.

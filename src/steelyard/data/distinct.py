@@ -1,7 +1,7 @@
 """Every response once: pairs that share a prompt or a response are computed as fewer, larger trees.
 
-A ranking comes as many pairs of a few responses, and a validation set is examined under several labels; but a response's
-states and reward depend on its prompt and on nothing else.
+A ranking comes as many pairs of a few responses, and a validation set is examined under several labels; but a
+response's states and reward depend on its prompt and on nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The outputs of frozen layers on disk: computed once for a data set, read by everything that trains the layers above.
 
-An entry holds the states before layer `cut` of a prompt's tokens, or of a response's. It belongs to these tokens, not to
-their roles: chosen or rejected, in whatever pair, with another weight or margin, in a subset or in another file, the same
-response finds the same entry. Several processes may fill and read one folder at once: a part is built under a lock and
-renamed into its place when it is whole.
+An entry holds the states before layer `cut` of a prompt's tokens, or of a response's. It belongs to these tokens, not
+to their roles: chosen or rejected, in whatever pair, with another weight or margin, in a subset or in another file, the
+same response finds the same entry. Several processes may fill and read one folder at once: a part is built under a lock
+and renamed into its place when it is whole.
 """
 
 from __future__ import annotations
@@ -222,9 +222,10 @@ class TrunkCache:
     def _require_room(self, missing: Sequence[Tree], say: Callable[[str], None] | None) -> None:
         need = sum(tokens for own in self._new(missing) for _, _, tokens in own) * self.width * self._stored.itemsize
         free = shutil.disk_usage(self.folder).free
+        responses = sum(len(t.responses) for t in missing)
         what = (
-            f"outputs of {self.cut} frozen layers for {sum(len(t.responses) for t in missing)} responses: {_size(need)} "
-            f"to {self.folder}, {_size(free)} free"
+            f"outputs of {self.cut} frozen layers for {responses} responses: {_size(need)} to {self.folder}, "
+            f"{_size(free)} free"
         )
         if need > 0.95 * free:
             raise InputError(
