@@ -298,8 +298,30 @@ def test_scored_tokens_alone_have_the_states_they_have_among_all(family: str, re
     model = RewardModel.load(reward_model(family))
     batch = collate(TREES, tiny.PAD)
     everything = run_trunk(model.trunk, batch).states_TD[batch.last_BK.flatten()]
-    alone = run_trunk(model.trunk, batch, scored_only=True).states_TD
+    alone = run_trunk(model.trunk, batch, read="scored").states_TD
     torch.testing.assert_close(alone, everything, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_a_policy_that_reads_responses_alone_has_the_numbers_and_gradients_of_one_that_reads_all(
+    family: str, language_model: Folders
+) -> None:
+    """Also responses of one token, which are drawn from the prompt's last state, and ones longer than a piece."""
+    policy = PolicyModel.load(language_model(family))
+    trees = [*TREES, Tree((5, 6, 7), ((8,), (9,))), Tree((5, 6), (tuple(range(5, 15)) * 14, (7, 8)))]
+    results = []
+    for reads in ("scored", "responses"):
+        policy.zero_grad(set_to_none=True)
+        batch = collate(trees, tiny.PAD, reads=reads)  # type: ignore[arg-type]
+        found = policy(batch)
+        found.sampled_BKR.sum().backward()
+        results.append((found.sampled_BKR.detach(), found.entropy_BKR, gradients(policy.hf)))
+    if family != "gpt_neox":
+        assert not policy.states(batch)[0].any(), "a prompt's first token is not computed in the last layer"
+    (all_log, all_entropy, all_g), (log, entropy, g) = results
+    torch.testing.assert_close(log, all_log, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, all_entropy, rtol=1e-4, atol=1e-5)
+    assert_close(g, all_g)
 
 
 def test_a_trunk_run_in_two_parts_is_the_trunk(reward_model: Folders) -> None:

@@ -77,7 +77,8 @@ def roll_out(
     nll, entropy = torch.zeros(2, dtype=torch.float64, device=device)
     kept: dict[int, Nucleus] = {}
     for group in pack([len(t) for t in trees], config.max_tokens):
-        batch = collate([trees[i] for i in group], models.encoder.pad_id, device)
+        # Three of four models read them; the reward model reads its one token among all.
+        batch = collate([trees[i] for i in group], models.encoder.pad_id, device, reads="responses")
         t = batch.mask_BKR.shape[-1]
         now, estimates = models.act(batch)
         full, plain = models.refer(batch)

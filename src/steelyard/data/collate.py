@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from steelyard.data.encode import Tree
+
+Reads = Literal["scored", "responses"]
 
 # Attention pads the segments of a block to a common shape: at most this many times the entries that are needed.
 _WASTE = 1.3
@@ -48,8 +50,9 @@ class TreeBatch:
     `response_BKR` are the response tokens, valid where `mask_BKR`; `at_BKR` is each one's place in the row and
     `before_BKR` the place of the token that precedes it in its own sequence (for a response's first token the
     prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at which the
-    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them. In
-    `scored_blocks` the queries are the B K scored tokens alone, numbered from 0 in the order of `last_BK`.
+    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them. `read_n`,
+    rising, are the places whose last state will be read, by `reads`: `last_BK` or the distinct `before_BKR`. In
+    `read_blocks` these alone are queries, numbered from 0.
     """
 
     ids_T: Int[Tensor, "T"]
@@ -62,7 +65,9 @@ class TreeBatch:
     before_BKR: Int[Tensor, "B K R"]
     last_BK: Int[Tensor, "B K"]
     blocks: tuple[AttentionBlock, ...]
-    scored_blocks: tuple[AttentionBlock, ...]
+    reads: Reads
+    read_n: Int[Tensor, "n"]
+    read_blocks: tuple[AttentionBlock, ...]
 
     @property
     def tokens(self) -> int:
@@ -70,9 +75,13 @@ class TreeBatch:
         return self.ids_T.numel()
 
 
-def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cpu") -> TreeBatch:
+def collate(
+    trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cpu", *, reads: Reads = "scored"
+) -> TreeBatch:
     """Raises ValueError if the trees differ in their number of responses, or a prompt or response is empty.
 
+    `reads`: of which tokens the last states will be read: those where responses are scored, or those before response
+    tokens. The last layer computes no others for who asks for them; all stay to be had for who asks for all.
     `pad_id` fills `response_BKR` where a response has ended; the row itself holds no padding.
     """
     K = len(trees[0].responses)
@@ -87,11 +96,13 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
     mask, before = np.zeros((B, K, R), dtype=bool), np.zeros((B, K, R), dtype=np.int64)
     last = np.zeros((B, K), dtype=np.int64)
     segments: list[_Segment] = []
-    scored: list[_Segment] = []
+    read: list[_Segment] = []
     start = 0
     for b, tree in enumerate(trees):
         P, root = len(tree.prompt), start
         segments += _pieces(root, 0, root, P)
+        if reads == "responses":
+            read.append(_Segment(root, 0, root, P - 1, 1))
         ids += tree.prompt
         positions.append(np.arange(P))
         branch_of.append(np.zeros(P, dtype=np.int64))
@@ -99,7 +110,7 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
         for k, tokens in enumerate(tree.responses):
             n = len(tokens)
             segments += _pieces(root, P, start, n)
-            scored.append(_Segment(root, P, start, n - 1, 1))
+            read += [_Segment(root, P, start, n - 1, 1)] if reads == "scored" else _pieces(root, P, start, n - 1)
             ids += tokens
             positions.append(np.arange(P, P + n))
             branch_of.append(np.full(n, k + 1))
@@ -115,6 +126,7 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
 
+    read_n = np.sort(last.ravel()) if reads == "scored" else np.unique(before[mask])
     return TreeBatch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=tensor(np.concatenate(positions)),
@@ -126,7 +138,9 @@ def collate(trees: Sequence[Tree], pad_id: int, device: torch.device | str = "cp
         before_BKR=tensor(before),
         last_BK=tensor(last),
         blocks=tuple(_block(group, device) for group in _similar(segments)),
-        scored_blocks=tuple(_renumber(_block(group, device), last) for group in _similar(scored)),
+        reads=reads,
+        read_n=tensor(read_n),
+        read_blocks=tuple(_renumber(_block(group, device), read_n) for group in _similar(read)),
     )
 
 
@@ -175,9 +189,9 @@ def _block(segments: Sequence[_Segment], device: torch.device | str) -> Attentio
     return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
 
 
-def _renumber(block: AttentionBlock, last_BK: Int[np.ndarray, "B K"]) -> AttentionBlock:
-    """The block with its queries numbered among the scored tokens; their places rise in the row."""
-    number = torch.searchsorted(torch.from_numpy(last_BK.ravel()).to(block.queries_nQ.device), block.queries_nQ)
+def _renumber(block: AttentionBlock, read_n: Int[np.ndarray, "n"]) -> AttentionBlock:
+    """The block with its queries numbered among the tokens that are read."""
+    number = torch.searchsorted(torch.from_numpy(read_n).to(block.queries_nQ.device), block.queries_nQ)
     return replace(block, queries_nQ=number)
 
 

@@ -154,7 +154,7 @@ def divergence(
     """log p(y|x) - log p_ref(y|x) of each response at temperature 1: its mean over y ~ policy is the KL."""
     out = np.zeros((len(trees), len(trees[0].responses)))
     for group in pack([len(t) for t in trees], max_tokens):
-        batch = collate([trees[i] for i in group], pad_id, policy.device)
+        batch = collate([trees[i] for i in group], pad_id, policy.device, reads="responses")
         out[group] = (policy(batch).plain_BKR - reference(batch).plain_BKR).sum(-1).cpu().numpy()
     return out
 

@@ -114,7 +114,7 @@ def _loglikelihood(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_t
     """log p(y|x) of each response at temperature 1."""
     out = np.zeros((len(trees), len(trees[0].responses)))
     for group in pack([len(t) for t in trees], max_tokens):
-        batch = collate([trees[i] for i in group], pad_id, model.device)
+        batch = collate([trees[i] for i in group], pad_id, model.device, reads="responses")
         out[group] = model(batch).plain_BKR.sum(-1).cpu().numpy()
     return out
 

@@ -170,7 +170,7 @@ class TrunkCache:
         model = self.model
         batch = collate(trees, pad_id, model.device)
         states = self.states(trees)
-        top = run_trunk(model.trunk, batch, model.precision, first=self.cut, states_TD=states, scored_only=True)
+        top = run_trunk(model.trunk, batch, model.precision, first=self.cut, states_TD=states, read="scored")
         rewards: Tensor = model.head(top.states_TD.view(*batch.last_BK.shape, -1).float()).squeeze(-1)
         return rewards
 

@@ -122,8 +122,8 @@ class PolicyModel(nn.Module):
         return self.measure(self.states(batch), batch, Drawing(temperature, top_p, repetition_penalty), kept)
 
     def states(self, batch: TreeBatch) -> Float[Tensor, "T D"]:
-        """The last layer at every token, after the final norm."""
-        return run_trunk(self.hf.base_model, batch, self.precision).states_TD
+        """The last layer, after the final norm, at every token before a response token; no other row is to be read."""
+        return run_trunk(self.hf.base_model, batch, self.precision, read="responses").states_TD
 
     def measure(
         self, states_TD: Float[Tensor, "T D"], batch: TreeBatch, how: Drawing, kept: Nucleus | None = None

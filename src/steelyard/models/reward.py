@@ -75,7 +75,7 @@ class RewardModel(nn.Module):
 
     def features(self, batch: TreeBatch) -> Float[Tensor, "B K D"]:
         """The last layer at each response's last token, float32."""
-        states = run_trunk(self.trunk, batch, self.precision, scored_only=True).states_TD
+        states = run_trunk(self.trunk, batch, self.precision, read="scored").states_TD
         return states.view(*batch.last_BK.shape, -1).float()
 
     def forward(self, batch: TreeBatch) -> Float[Tensor, "B K"]:
@@ -84,7 +84,7 @@ class RewardModel(nn.Module):
 
     def values(self, batch: TreeBatch) -> Float[Tensor, "B K R"]:
         """The head read at the state before each response token: what PPO's critic predicts from."""
-        states = run_trunk(self.trunk, batch, self.precision).states_TD
+        states = run_trunk(self.trunk, batch, self.precision, read="responses").states_TD
         return self.head(states[batch.before_BKR].float()).squeeze(-1)
 
     def score(self, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 8192) -> Float[np.ndarray, "N K"]:

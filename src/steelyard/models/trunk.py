@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steelyard.data.collate import TreeBatch
+from steelyard.data.collate import Reads, TreeBatch
 from steelyard.errors import InputError
 from steelyard.models.attention import tree_attention
 from steelyard.models.pointwise import rms_norm, rotate, swiglu
@@ -51,9 +51,12 @@ def run_trunk(
     states_TD: Float[Tensor, "T D"] | None = None,
     last: int | None = None,
     collect: Sequence[int] = (),
-    scored_only: bool = False,
+    read: Literal["all"] | Reads = "all",
 ) -> TrunkOutput:
-    """The states of every token of the batch, or with `scored_only` of the B K scored tokens, in their order.
+    """The states of every token of the batch; with `read` "scored" of the B K scored tokens, in their order; with
+    "responses" T rows of which only those before response tokens are to be read.
+
+    For a batch that was collated for this reading, the last layer computes nothing else.
 
     `first` with `states_TD` starts before layer `first` (0-based) from these states; `last` stops before layer `last`
     and leaves out the final norm.
@@ -65,7 +68,7 @@ def run_trunk(
         if first or states_TD is not None or last is not None:
             raise InputError(f"{type(trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts")
         whole = _whole(trunk, batch, precision, collect)
-        return TrunkOutput(whole.states_TD[batch.last_BK.flatten()], whole.collected) if scored_only else whole
+        return TrunkOutput(whole.states_TD[batch.last_BK.flatten()], whole.collected) if read == "scored" else whole
     parts: Any = trunk
     depth = len(parts.layers)
     x = parts.embed_tokens(batch.ids_T) if states_TD is None else states_TD
@@ -86,17 +89,20 @@ def run_trunk(
         norm = _norm_of(layer.input_layernorm, precision)
         x = x if rest is None else x + rest
         h = rms_norm(x, *norm)
-        # Behind the last attention only the scored tokens' states are read.
-        few = scored_only and number == depth - 1 and depth not in collect and x.device.type == "cpu"
-        x, rest = _layer(layer, x, h, (cos, sin), batch, precision, batch.last_BK.flatten() if few else None)
+        # Behind the last attention only some tokens' states are read.
+        few = read == batch.reads and number == depth - 1 and depth not in collect and x.device.type == "cpu"
+        x, rest = _layer(layer, x, h, (cos, sin), batch, precision, few)
     if rest is not None:
         x = x + rest
     if last is None:
         if depth in collect:
             collected[depth] = x
-        if scored_only and len(x) == batch.tokens:
+        some = len(x) < batch.tokens
+        if read == "scored" and not some:
             x = x[batch.last_BK.flatten()]
         x = parts.norm(x)
+        if read == "responses" and some:
+            x = x.new_zeros(batch.tokens, x.shape[-1]).index_copy(0, batch.read_n, x)
     return TrunkOutput(x, collected)
 
 
@@ -149,24 +155,25 @@ def _layer(
     rotary: tuple[Tensor, Tensor],
     batch: TreeBatch,
     precision: Precision,
-    only: Tensor | None,
+    few: bool,
 ) -> tuple[Tensor, Tensor]:
     """(states, what the MLP adds to them); the addition is left to the next layer's norm. `h`: the normed states.
 
-    `only` are the scored tokens where nothing else is wanted: all tokens are keys, these alone are queries.
+    With `few` all tokens are keys, but only `batch.read_n` are queries.
     """
     attention, mlp = layer.self_attn, layer.mlp
     d = attention.head_dim
     k, v = (_linear(m, h, precision).view(len(h), -1, d) for m in (attention.k_proj, attention.v_proj))
     at = rotary
-    if only is not None:
-        x, h, at = x[only], h[only], (rotary[0][only], rotary[1][only])
+    if few:
+        x, h = (t.index_select(0, batch.read_n) for t in (x, h))
+        at = (rotary[0][batch.read_n], rotary[1][batch.read_n])
     q = _linear(attention.q_proj, h, precision).view(len(h), -1, d)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     # Qwen 3's norms of queries and keys give float32.
     q, k = rotate(q, *at).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-    blocks = batch.blocks if only is None else batch.scored_blocks
+    blocks = batch.read_blocks if few else batch.blocks
     o = tree_attention(q, k, v, batch, attention.scaling, blocks=blocks)
     y = _linear(attention.o_proj, o.reshape(len(x), -1), precision)
     x = x + y

@@ -215,7 +215,7 @@ def response_logprobs(model: PolicyModel, trees: Sequence[Tree], pad_id: int, ma
 
 
 def _whole(model: PolicyModel, trees: Sequence[Tree], pad_id: int) -> Float[Tensor, "B 2"]:
-    batch = collate(trees, pad_id, model.device)
+    batch = collate(trees, pad_id, model.device, reads="responses")
     return model.sampled(model.states(batch), batch, Drawing()).sum(-1)
 
 

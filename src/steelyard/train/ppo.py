@@ -246,7 +246,8 @@ def update(
         gathered = torch.zeros(4, dtype=torch.float64, device=device)
         for group in pack([len(rollouts.trees[i]) for i in rows], config.max_tokens):
             picked = [rows[i] for i in group]
-            batch = collate([rollouts.trees[i] for i in picked], learner.models.encoder.pad_id, device)
+            trees = [rollouts.trees[i] for i in picked]
+            batch = collate(trees, learner.models.encoder.pad_id, device, reads="responses")
             t = batch.mask_BKR.shape[-1]
             kept = Nucleus.join([rollouts.kept[i] for i in picked]) if rollouts.kept else None
             gathered += backward(

@@ -111,7 +111,7 @@ def sft_step(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens:
     total = sum(len(t.responses[0]) for t in trees)
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for group in pack([len(t) for t in trees], max_tokens):
-        batch = collate([trees[i] for i in group], pad_id, model.device)
+        batch = collate([trees[i] for i in group], pad_id, model.device, reads="responses")
         loss = -model(batch).sampled_BKR.sum() / total
         loss.backward()
         loss_sum += loss.detach()
@@ -123,7 +123,8 @@ def sft_loss(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_tokens:
     """Mean negative log-likelihood per response token, in nats."""
     loss = 0.0
     for group in pack([len(t) for t in trees], max_tokens):
-        loss -= model(collate([trees[i] for i in group], pad_id, model.device)).sampled_BKR.sum().item()
+        batch = collate([trees[i] for i in group], pad_id, model.device, reads="responses")
+        loss -= model(batch).sampled_BKR.sum().item()
     return loss / sum(len(t.responses[0]) for t in trees)
 
 
