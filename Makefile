@@ -3,6 +3,7 @@
 #   make test   set up, then lint, types and tests
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 TRL_VENV ?= benchmarks/.venv-trl
 TRL_PPO_VENV ?= benchmarks/.venv-trl-ppo
 BIN := $(VENV)/bin
@@ -28,10 +29,10 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: check
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow or not slow'
 
 format: setup
 	$(BIN)/ruff check --fix .

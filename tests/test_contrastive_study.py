@@ -161,8 +161,17 @@ class TestResume:
         assert (tmp_path / "out" / "examined" / "plain" / "seed-3.json").stat().st_mtime_ns == kept
         assert again == found
 
+    def test_gets_another_seed_and_trains_only_that(self, tmp_path: Path) -> None:
+        study = ContrastiveStudy(**TINY | {"arms": {"plain": {}, "control": ARMS["control"]}, "seeds": [3]})
+        run_contrastive(study, tmp_path)
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("examined/*/*.json")}
+        again = run_contrastive(study.model_copy(update={"seeds": (3, 9)}), tmp_path, resume=True)
+        assert again["seeds"] == [3, 9]
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 4
+
     def test_refuses_other_settings(self, done: Path) -> None:
-        with pytest.raises(InputError, match="other settings"):
+        with pytest.raises(InputError, match="other settings of "):
             run_contrastive(ContrastiveStudy(**TINY), done, resume=True)
 
 

@@ -94,7 +94,7 @@ class TestArms:
         assert len({weights(done, arm) for arm in ARMS}) == len(ARMS) - 1
 
     def test_the_policy_was_paid_by_another_reward_model(self, done: Path) -> None:
-        assert json.loads((done / "rm" / "of the shift" / "config.json").read_text())["seed"] == 5
+        assert json.loads((done / "rm" / "of the shift" / "config.json").read_text())["seed"] == 1_000_000
         paid_by = json.loads((done / "ppo" / "shifted" / "config.json").read_text())["reward_model"]
         assert paid_by == str(done / "rm" / "of the shift" / "model")
         moved, start = (done / "ppo" / "shifted" / "model", done / "sft" / "model")

@@ -23,7 +23,7 @@ from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import build, slug
 from steelyard.stages import Files, prepare, sft, weigh
 from steelyard.study import data_sets
-from steelyard.study.data_config import PLAIN, DataStudy, allow_more, check
+from steelyard.study.data_config import PLAIN, DataStudy, check
 from steelyard.study.data_models import (
     SCORES,
     Job,
@@ -36,7 +36,7 @@ from steelyard.study.data_models import (
 )
 from steelyard.study.data_sets import WHOLE, DataSet, Input
 from steelyard.study.data_tables import ENSEMBLE_FILE, Plan, examine_study, summary_tables
-from steelyard.study.folder import StudyFolder
+from steelyard.study.folder import FREE, StudyFolder
 from steelyard.summary import tables
 from steelyard.train.optim import total_steps
 from steelyard.train.reward import RewardConfig
@@ -50,9 +50,7 @@ def run_data_study(study: DataStudy, out: Path, *, resume: bool = False, command
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     given, study = study, check(study)
-    if resume:
-        allow_more(given, out)
-    folder = StudyFolder(out, given, resume=resume, command=command)
+    folder = StudyFolder(out, given, resume=resume, command=command, free=(*FREE, "analyses"))
     files = folder.stage("data", lambda: prepare(study, out))
     model = folder.stage("SFT", lambda: sft(study, files, out))
     source = folder.stage("strength", lambda: _measure(study, files, model, out, resume))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field, field_validator
 
 from steelyard import recipe
@@ -14,14 +13,12 @@ from steelyard.config import Config
 from steelyard.denoise import RECIPES, RepairOptions
 from steelyard.errors import InputError
 from steelyard.recipe import Recipe, Settings, build
-from steelyard.run_dir import write_text_atomic
 
 Analysis = Literal["bands", "growth", "bands_repair", "segments", "inflation", "arms"]
 Scorer = Literal["ensemble", "WARM"]
 PLAIN = "plain"
 SCORER_NAMES = ("ensemble", "WARM", "mean of WARM's")
 BACKENDS = ("full", "head")  # whose members can score pairs that they were not measured on
-FREE = ("name", "analyses", "seeds", "workers", "threads")  # may change between the sittings of one study
 
 
 class BandsConfig(Config):
@@ -226,14 +223,3 @@ def _check_folder(study: DataStudy, folder: Path) -> None:
             f"strength_folder: {folder} keeps {kept} of {result['members']} members' models, and `segments` and the "
             "scorer `ensemble` need all; measure with keep_members, or leave these two out"
         )
-
-
-def allow_more(study: DataStudy, out: Path) -> None:
-    """Let a resumed study add analyses or seeds: write its file anew if only `FREE` fields differ from the stored."""
-    stored = out / "study.yaml"
-    if not stored.exists():
-        return
-    given = study.model_dump(mode="json", exclude_unset=True)
-    before = yaml.safe_load(stored.read_text())
-    if {k: v for k, v in given.items() if k not in FREE} == {k: v for k, v in before.items() if k not in FREE}:
-        write_text_atomic(stored, yaml.safe_dump(given, sort_keys=False))

@@ -18,6 +18,7 @@ from steelyard.summary import describe_run
 
 T = TypeVar("T")
 POINTS = 150  # of a curve in study.json
+FREE = ("name", "seeds", "workers", "threads")  # fields that may change between the sittings of a study
 
 Curve = dict[str, Any]
 
@@ -25,19 +26,37 @@ Curve = dict[str, Any]
 class StudyFolder:
     """One study's folder. Every stage must do nothing where its files are there already."""
 
-    def __init__(self, path: Path, study: Config, *, resume: bool, command: str) -> None:
-        """Raises InputError if the folder holds another study, or this one and `resume` was not asked for."""
-        text = yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    def __init__(
+        self,
+        path: Path,
+        study: Config,
+        *,
+        resume: bool,
+        command: str,
+        free: Sequence[str] = FREE,
+        growing: Sequence[str] = (),
+    ) -> None:
+        """A resumed study may change its `free` fields and add entries to its `growing` ones.
+
+        Raises InputError if the folder holds another study, or this one and `resume` was not asked for.
+        """
+        given = study.model_dump(mode="json", exclude_unset=True)
         stored = path / "study.yaml"
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: must be a folder, but it is a file: give another path")
         if stored.exists() and not resume:
             raise InputError(f"{path}: holds a study already; go on with --resume, or give another folder (--out)")
-        if stored.exists() and yaml.safe_load(stored.read_text()) != yaml.safe_load(text):
-            raise InputError(f"{path}: holds a study with other settings ({stored}); give another folder")
+        before = yaml.safe_load(stored.read_text()) if stored.exists() else given
+        for name in growing:
+            if changed := [k for k, v in before.get(name, {}).items() if given.get(name, {}).get(k, v) != v]:
+                said = ", ".join(changed)
+                raise InputError(f"{name}: {said} has other settings than in {stored}; choose another name")
+        if fixed := {n for n in {*given, *before} - {*free, *growing} if given.get(n) != before.get(n)}:
+            said = ", ".join(sorted(fixed))
+            raise InputError(f"{path}: holds a study with other settings of {said} ({stored}); give another folder")
         path.mkdir(parents=True, exist_ok=True)
-        if not stored.exists():
-            write_text_atomic(stored, text)
+        if given != before or not stored.exists():
+            write_text_atomic(stored, yaml.safe_dump(given, sort_keys=False))
         self.path, self.command, self.began = path, command, time.time()
         self._times = path / "stages.json"
         self.stages: list[dict[str, Any]] = json.loads(self._times.read_text()) if self._times.exists() else []

@@ -35,6 +35,7 @@ from steelyard.train.reward import RewardConfig, train_reward
 
 CONTROL = "eta = 0"
 SHIFTED, UNSHIFTED = "shifted policy", "SFT policy"
+SHIFT_SEED = 1_000_000  # far from the seeds that people give to arms, and the same when a study gets more of them
 
 
 class MetaRMStudy(Config):
@@ -121,7 +122,9 @@ def shift_configs(study: MetaRMStudy, *, model: str, files: Files | None, out: P
 
     That reward model's seed is none of the arms': the policy has learned to deceive a model that none of them is.
     """
-    seed = max(study.seeds) + 1
+    seed = SHIFT_SEED + study.world_seed
+    if seed in study.seeds:
+        raise InputError(f"seeds: {seed} is that of the reward model that moves the policy; leave it out")
     data, prompts = ("", "") if files is None else (files.preferences, files.prompts)
     reward = build(RewardConfig, "reward", study.reward, data=data, model=model, validation={}, seed=seed)
     filled = {"policy": model, "reward_model": str(out / "rm" / "of the shift" / "model"), "prompts": prompts}

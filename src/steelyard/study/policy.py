@@ -24,12 +24,11 @@ from steelyard.recipe import reward_config, sft_config, strength_config
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
 from steelyard.stages import Files, prepare
-from steelyard.study.folder import StudyFolder
+from steelyard.study.folder import FREE, StudyFolder
 from steelyard.study.policy_config import (
     AS_LABELLED,
     Cell,
     PolicyStudy,
-    allow_more,
     annotators,
     baseline_config,
     check,
@@ -66,9 +65,8 @@ def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, com
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     check(study)
-    if resume:
-        allow_more(study, out)
-    folder = StudyFolder(out, study, resume=resume, command=command)
+    free = (*FREE, "cells", "at_kl", "recommended")
+    folder = StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs"))
     files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
     grid = study.grid()
     folder.stage("labels", lambda: label(study, grid, files, out))

@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
 from steelyard import measure, ppo_settings
@@ -19,14 +18,11 @@ from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.measure import Scoring
 from steelyard.ppo_settings import PPOConfig
 from steelyard.recipe import Recipe, Settings, build, reward_config, sft_config, strength_config, world_config
-from steelyard.run_dir import write_text_atomic
 from steelyard.simulate.annotators import AnnotatorConfig, Bias
 from steelyard.train.dpo import DPOConfig
 
 Kind = Literal["none", "uniform", "bradley_terry", "systematic", "mixed"]
 PLAIN, AS_LABELLED = "plain", "none"  # the control arm; the repair that changes nothing
-FREE = ("name", "seeds", "cells", "at_kl", "recommended", "workers", "threads")  # may change between sittings
-GROWING = ("arms", "repairs")  # may get new entries
 OF_ARMS = {"method", "members"}  # what an arm has beside the fields of its stage
 
 
@@ -344,22 +340,3 @@ def _check_cell(study: PolicyStudy, cell: Cell) -> None:
     most = int(study.baselines.get("k", BaselineConfig.model_fields["k"].default))
     if config.k is not None and config.k > most:
         raise InputError(f"arms.{cell.arm}.k: must be at most baselines.k = {most}, got {config.k}")
-
-
-def allow_more(study: PolicyStudy, out: Path) -> None:
-    """Let a resumed study change its `FREE` fields and add to `GROWING` ones: write its file anew if that is all."""
-    stored = out / "study.yaml"
-    if not stored.exists():
-        return
-    given = study.model_dump(mode="json", exclude_unset=True)
-    before = yaml.safe_load(stored.read_text())
-    for name in GROWING:
-        changed = [k for k, v in before.get(name, {}).items() if given.get(name, {}).get(k, v) != v]
-        if changed:
-            raise InputError(f"{name}: {', '.join(changed)} has other settings than in {stored}; choose another name")
-    if _fixed(given) == _fixed(before):
-        write_text_atomic(stored, yaml.safe_dump(given, sort_keys=False))
-
-
-def _fixed(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in FREE + GROWING}
