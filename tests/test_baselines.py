@@ -15,11 +15,12 @@ import pytest
 import tiny
 from conftest import Folders
 from steelyard import baselines
-from steelyard.baselines import BaselineConfig, fingerprint, outlook, read_baselines, sample_baselines, variances
+from steelyard.baselines import BaselineConfig, fingerprint, outlook, read_baselines, sample_baselines
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
 from steelyard.sampling import SamplingConfig
+from steelyard.variance import Variances, shrunk_means, variances
 
 
 @pytest.fixture
@@ -121,8 +122,33 @@ def test_variances_by_hand() -> None:
     assert found.between == pytest.approx(7)
     assert found.plain == pytest.approx(9)
     assert [found.contrastive(k) for k in (1, 2)] == pytest.approx([4, 3])
+    assert found.reliability(2) == pytest.approx(7 / 8)
+    assert found.shrunk(2) == pytest.approx(2 + 7 / 8)
     with pytest.raises(ValueError, match="K >= 2"):
         variances(np.zeros((4, 1)))
+
+
+def test_shrunk_means_by_hand() -> None:
+    """Means 2 and 6 around 4, an eighth of their variance noise: drawn in by an eighth."""
+    assert shrunk_means(np.array([[1.0, 3.0], [5.0, 7.0]])) == pytest.approx([2.25, 5.75])
+    # No more between prompts than noise explains: nothing of a prompt's own is believed.
+    assert shrunk_means(np.array([[1.0, 5.0], [2.0, 4.0]])) == pytest.approx([3.0, 3.0])
+    assert shrunk_means(np.full((3, 2), 1.5)) == pytest.approx([1.5] * 3)
+
+
+@pytest.mark.parametrize("between", [0.0, 0.05, 0.3, 3.0])
+@pytest.mark.parametrize("k", [2, 5])
+def test_shrunk_baselines_never_add_variance(between: float, k: int) -> None:
+    """Simulated: rewards of new responses, less what the baselines of the same prompts say, in each of three ways."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=(40_000, 1)) * between**0.5
+    baselines, rewards = level + rng.normal(size=(40_000, k)), (level + rng.normal(size=(40_000, 1)))[:, 0]
+    plain, contrastive = rewards.var(), (rewards - baselines.mean(1)).var()
+    shrunk = (rewards - shrunk_means(baselines)).var()
+    assert shrunk == pytest.approx(Variances(between, 1.0).shrunk(k), rel=0.03)
+    assert shrunk <= 1.002 * min(plain, contrastive)
+    if between == 0.3:
+        assert shrunk < 0.97 * min(plain, contrastive)
 
 
 def test_the_outlook_is_the_ratio_of_the_variances(tmp_path: Path) -> None:
@@ -135,7 +161,9 @@ def test_the_outlook_is_the_ratio_of_the_variances(tmp_path: Path) -> None:
     # Between 7, within 2: plain 9, contrastive 2 (1 + 1/2) = 3.
     assert "78 %" in said([1.0, 3.0, 5.0, 7.0], 2)
     assert "0.33 times" in said([1.0, 3.0, 5.0, 7.0], 2)
+    assert "shrunk 0.32 times" in said([1.0, 3.0, 5.0, 7.0], 2)
     # Nothing between prompts: contrastive rewards only add the baselines' own noise.
     assert "1.50 times" in said([1.0, 3.0, 3.0, 1.0], 2)
+    assert "shrunk 1.00 times" in said([1.0, 3.0, 3.0, 1.0], 2)
     assert "too few" in said([1.0, 2.0], 1)
     assert "same reward" in said([1.0] * 6, 2)

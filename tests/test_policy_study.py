@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from steelyard.baselines import variances
 from steelyard.cli import main
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences, load_prompts
@@ -35,6 +34,7 @@ from steelyard.study.policy_curves import (
 from steelyard.study.policy_jobs import Exam, load_arrays
 from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
 from steelyard.study.policy_runs import value_row
+from steelyard.variance import variances
 
 OPTIM = {"lr": 3e-3}
 DRAWN = {"max_new_tokens": 6}
@@ -343,8 +343,12 @@ class TestStudy:
         assert np.mean([r["difference"]["value"] for r in rows]) == pytest.approx(difference["value"])
 
     def test_predictions_stand_beside_measurements(self, done: Path, found: dict[str, Any]) -> None:
-        rows = {v["k"]: v for v in found["variances"] if (v["world"], v["policy"]) == ("clean", "SFT")}
+        of_sft = [v for v in found["variances"] if (v["world"], v["policy"]) == ("clean", "SFT")]
+        rows = {v["k"]: v for v in of_sft if not v["shrunk"]}
         assert set(rows) == {0, 1, 3}
+        (shrunk,) = (v for v in of_sft if v["shrunk"])
+        assert shrunk["k"] == 3
+        assert shrunk["predicted"]["value"] <= min(rows[0]["predicted"]["value"], rows[3]["predicted"]["value"])
         seen = load_arrays(reward_of(done, 0, ("clean", "none")) / "examined.npz")
         gap = seen["proxy"] - seen["base_proxy"].mean(1, keepdims=True)
         assert rows[3]["measured"]["seeds"][0] == pytest.approx(gap.var(ddof=1))

@@ -171,6 +171,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a group's std": ({"advantage": "rloo", "group_std": False}, "group_std: no effect with advantage = rloo"),
     "scaling of par": ({"reward": "par", "baselines": "b", "scaling": "abs"}, "scaling: no effect with reward = par"),
     "warm-up of no scaling": ({"reward": "lsc", "baselines": "b", "scale_warmup": 5}, "scale_warmup: no effect"),
+    "baseline of par": ({"reward": "par", "baselines": "b", "baseline": "shrunk"}, "baseline: no effect with reward"),
+    "shrinking one": (
+        {"reward": "contrastive", "advantage": "gae", "baselines": "b", "baseline": "shrunk", "k": 1},
+        "k: one baseline a prompt does not tell how noisy it is",
+    ),
     "k of plain": ({"k": 2, "scaling": "std"}, "k: no effect with reward = plain"),
     "percentile of par": ({"reward": "par", "baselines": "b", "lsc_percentile": 9}, "lsc_percentile: no effect with"),
     "aggregate of one": ({"aggregate": "worst"}, "aggregate: no effect with one reward model"),
@@ -272,6 +277,26 @@ def test_remax_takes_the_greedy_responses_reward(base: dict[str, Any], watch: Wa
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
+
+
+def test_shrunk_baselines_are_shrunk_to_all_prompts_not_to_the_batch(
+    base: dict[str, Any], stored: str, watch: Watch, tmp_path: Path
+) -> None:
+    settings = {"reward": "contrastive", "baseline": "shrunk", "baselines": stored, "scaling": "none", "steps": 1}
+    config = PPOConfig.model_validate(base | settings)
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    (rollouts, paid) = watch.paid[0]
+    taken = (rollouts.rewards_NK.double().numpy() - 0.3) / 1.7 - paid.numpy()
+    found = read_baselines(stored, k=None, policy=config.policy, reward_model=config.reward_models[0])
+    raw = np.stack(list(found.values()))
+    means = raw.astype(float).mean(1)
+    within = raw.astype(float).var(1, ddof=1).mean() / raw.shape[1]
+    weight = max(0.0, 1 - within / means.var(ddof=1))
+    known = (means.mean() + weight * (means - means.mean()) - 0.3) / 1.7
+    assert len(known) > len(taken) == 4
+    for row in taken:
+        assert np.abs(known[:, None] - row).min(0).max() < 1e-5
+        assert np.ptp(row) < 1e-5, "one number for all responses to a prompt"
 
 
 @pytest.mark.parametrize("reward", ["par", "lsc", "lsc, all"])

@@ -178,6 +178,14 @@ def test_the_whole_way_of_par_and_lsc() -> None:
         assert shape(rewards, against, ended, how="lsc").tolist() == pytest.approx(expected)
 
 
+def test_shrunk_references_are_for_contrastive_rewards_alone() -> None:
+    base = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    assert references(base, "contrastive", baseline="shrunk").tolist() == [[2.25], [5.75]]
+    assert references(base, "contrastive") is base
+    with pytest.raises(ValueError, match="goes with contrastive rewards, got 'par'"):
+        references(base, "par", baseline="shrunk")
+
+
 @pytest.mark.parametrize("how", ["plain", "contrastive", "par", "lsc"])
 def test_no_response_is_paid_by_its_company(how: Transform) -> None:
     rng = np.random.default_rng(5)

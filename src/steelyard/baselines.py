@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from steelyard.models.reward import RewardModel, require_reward_model
 from steelyard.models.trunk import Precision
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.types import Prompt
+from steelyard.variance import variances
 
 # What of the sampling settings decides what a response may be.
 _DECIDES = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
@@ -139,42 +140,11 @@ def _settings(schema: pa.Schema) -> dict[str, Any]:
     return settings
 
 
-class Variances(NamedTuple):
-    """Of rewards for responses of one policy: between prompts (tau2), within a prompt (s2)."""
-
-    between: float
-    within: float
-
-    @property
-    def plain(self) -> float:
-        """Variance of a reward: tau^2 + s^2."""
-        return self.between + self.within
-
-    def contrastive(self, k: int) -> float:
-        """Variance of a reward less the mean of k others of the same policy: s^2 (1 + 1/k)."""
-        return self.within * (1 + 1 / k)
-
-
-def variances(rewards_NK: Float[np.ndarray, "N K"]) -> Variances:
-    """Unbiased estimates from K >= 2 independent responses to each of N >= 2 prompts.
-
-    s^2: the mean over prompts of the sample variance. tau^2: the sample variance of the prompts' means less s^2 / K;
-    where that is negative, 0.
-
-    Raises:
-        ValueError: too few prompts or responses.
-    """
-    if rewards_NK.ndim != 2 or min(rewards_NK.shape) < 2:
-        raise ValueError(f"rewards must be (N, K) with N, K >= 2, got {rewards_NK.shape}")
-    within = float(rewards_NK.var(1, ddof=1).mean())
-    between = float(rewards_NK.mean(1).var(ddof=1)) - within / rewards_NK.shape[1]
-    return Variances(max(between, 0.0), within)
-
-
 def outlook(path: str | Path) -> str:
     """What a scored baseline file says of contrastive rewards, in a sentence: the variance they begin with.
 
-    With the policy at the SFT model a plain reward has variance tau^2 + s^2, a contrastive one s^2 (1 + 1/k).
+    With the policy at the SFT model a plain reward has variance tau^2 + s^2, a contrastive one s^2 (1 + 1/k), and over
+    shrunk baselines less than either.
     """
     table = pq.read_table(path)
     k = int(_settings(table.schema)["k"])
@@ -184,10 +154,11 @@ def outlook(path: str | Path) -> str:
     found = variances(rewards_NK)
     if found.plain == 0:
         return "all baselines have the same reward: the reward model tells nothing apart here"
-    ratio = found.contrastive(k) / found.plain
+    ratio, shrunk = found.contrastive(k) / found.plain, found.shrunk(k) / found.plain
     return (
         f"{100 * found.between / found.plain:.0f} % of the rewards' variance lies between prompts: contrastive rewards "
-        f"over these {k} baselines begin with {ratio:.2f} times the variance of plain ones (above 1 they add noise)"
+        f"over these {k} baselines begin with {ratio:.2f} times the variance of plain ones (above 1 they add noise); "
+        f"with baseline = shrunk {shrunk:.2f} times"
     )
 
 

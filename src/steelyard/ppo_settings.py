@@ -11,7 +11,7 @@ from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
 from steelyard.models.trunk import Precision
-from steelyard.rewards import Aggregate, Transform
+from steelyard.rewards import Aggregate, Baseline, Transform
 from steelyard.running import ScaleMode
 from steelyard.sampling import SamplingConfig
 from steelyard.train.optim import OptimConfig
@@ -40,6 +40,10 @@ class PPOConfig(Config):
     reward: Transform = Field("contrastive", description="what the policy is paid for")
     baselines: str | None = Field(None, description="scored baseline file of `steelyard sample`; not for plain rewards")
     k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
+    baseline: Baseline = Field(
+        "mean",
+        description="contrastive: subtract each prompt's mean, or that mean shrunk to all prompts' by its reliability",
+    )
     scaling: ScaleMode | Literal["std"] = Field(
         "abs", description="how the contrastive reward returns to the original scale; std: any reward over its std"
     )
@@ -160,6 +164,8 @@ def check(config: PPOConfig) -> None:
             f"kl_horizon: must be above a fifth of a step's {responses} responses, got {config.kl_horizon}: one step "
             "could bring kl_coef to 0"
         )
+    if config.baseline == "shrunk" and config.k == 1:
+        raise InputError("k: one baseline a prompt does not tell how noisy it is; baseline = shrunk needs k >= 2")
     for names, reason in _without_effect(config):
         if useless := names & config.given():
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}")
@@ -172,6 +178,8 @@ def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[st
         yield CONTRASTIVE_ONLY - (SCALING if std else set()), "with reward = plain; leave out, or use contrastive"
     elif reward != "contrastive" and not std:
         yield SCALING, f"with reward = {reward}; leave out, or use scaling = std"
+    if reward != "contrastive":
+        yield {"baseline"}, f"with reward = {reward}; leave out, or use contrastive"
     if reward != "lsc":
         yield {"lsc_percentile", "lsc_reference"}, f"with reward = {reward}; leave out, or use lsc"
     if len(config.reward_models) == 1:

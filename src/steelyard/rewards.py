@@ -6,6 +6,10 @@ baseline that depends on the prompt alone leaves the *expected* policy gradient 
 own offset, so batches vary less (from tau^2 + s^2 to s^2 (1 + 1/k) at the start, tau^2 being the variance
 between prompts and s^2 within), and normalisation, clipping and the critic see a cleaner signal.
 
+Where prompts hardly differ the baselines' own noise is more than what they take away. Shrunk to the mean of all
+prompts by their reliability (`baseline = "shrunk"`, this project's) they never add variance, and still depend on the
+prompt alone.
+
 PAR and LSC bend the difference to those baselines instead: they change which policy is best, on purpose. Rewards of
 several models are aggregated before any of this.
 
@@ -22,8 +26,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from steelyard.variance import shrunk_means
+
 Aggregate = Literal["mean", "worst", "uncertainty-weighted"]
 Transform = Literal["plain", "contrastive", "par", "lsc"]
+Baseline = Literal["mean", "shrunk"]
 
 
 def aggregate(
@@ -57,13 +64,31 @@ def aggregate(
 
 
 def references(
-    baselines_NK: Float[Tensor, "N K"], how: Transform, *, lsc_percentile: float = 85.0, pooled: bool = False
+    baselines_NK: Float[Tensor, "N K"],
+    how: Transform,
+    *,
+    baseline: Baseline = "mean",
+    lsc_percentile: float = 85.0,
+    pooled: bool = False,
 ) -> Float[Tensor, "N k"]:
     """What each prompt's rewards are set against: its baselines or, for lsc, a percentile of them (k = 1).
 
-    `pooled`: lsc's percentile is that of all prompts' baselines together. Raises ValueError as `percentile` does.
+    Args:
+        baselines_NK: scores of K baseline responses to all N prompts.
+        baseline: for contrastive: shrunk gives each prompt's `variance.shrunk_means` (k = 1), which needs N, K >= 2.
+        pooled: lsc's percentile is that of all prompts' baselines together.
+
+    Raises:
+        ValueError: as `percentile` and `shrunk_means` do; or a baseline that `how` does not read.
     """
-    return percentile(baselines_NK, lsc_percentile, pooled=pooled)[:, None] if how == "lsc" else baselines_NK
+    if how == "lsc":
+        return percentile(baselines_NK, lsc_percentile, pooled=pooled)[:, None]
+    if baseline == "mean":
+        return baselines_NK
+    if how != "contrastive":
+        raise ValueError(f"baseline = {baseline} goes with contrastive rewards, got {how!r}")
+    shrunk_N = torch.from_numpy(shrunk_means(baselines_NK.double().cpu().numpy()))
+    return shrunk_N[:, None].to(baselines_NK.device, torch.float32)
 
 
 def relative(

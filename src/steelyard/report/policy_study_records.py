@@ -109,12 +109,13 @@ class Correlation(CellName):
 
 
 class RewardVariance(Record):
-    """Variance of rewards less the mean of k baselines (0: plain)."""
+    """Variance of rewards less the mean of k baselines (0: plain), or that mean shrunk."""
 
     world: str
     repair: str
     policy: str
     k: int
+    shrunk: bool = False
     measured: Difference
     predicted: Difference | None = None
 

@@ -27,8 +27,8 @@ def _text(d: Difference | None) -> str | None:
 
 def _variances(study: PolicyStudyFile) -> list[Block]:
     rows = [
-        (v.world, v.repair, v.policy, "plain" if v.k == 0 else f"contrastive, k = {v.k}", _text(v.measured),
-         _text(v.predicted))
+        (v.world, v.repair, v.policy, "plain" if v.k == 0 else f"{'shrunk' if v.shrunk else 'contrastive'}, k = {v.k}",
+         _text(v.measured), _text(v.predicted))
         for v in study.variances
     ]  # fmt: skip
     columns = (
@@ -38,7 +38,8 @@ def _variances(study: PolicyStudyFile) -> list[Block]:
     note = (
         "Of rewards on held-out prompts, in units of the reward model's normalised score, unscaled; intervals over "
         "seeds. Predicted for the SFT model from an independent draw: tau² + s² plain, s² (1 + 1/k) contrastive, with "
-        "tau² between prompts and s² within. Where s² / k exceeds tau², contrastive rewards vary more."
+        "tau² between prompts and s² within. Where s² / k exceeds tau², contrastive rewards vary more. Shrunk: less "
+        "their mean, drawn to that of all prompts by its reliability w = tau² / (tau² + s² / k): s² (1 + w / k)"
     )
     return [table("Variance of the reward, and what is predicted", columns, rows, note=note)] if rows else []
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from steelyard.baselines import variances
 from steelyard.study.folder import mean_curves
 from steelyard.study.policy_config import Cell, PolicyStudy, members
 from steelyard.study.policy_curves import contrasted, correlation_interval, errors, line
 from steelyard.study.policy_jobs import read_metrics
 from steelyard.study.policy_runs import Row, Runs, examined, named, value_row
+from steelyard.variance import shrunk_means, variances
 
 WATCHED = ("ppo/explained_variance", "ppo/value_loss", "ppo/advantage_std", "ppo/scale", "ppo/kl_plain", "ppo/length")
 
@@ -28,11 +28,12 @@ def variance_rows(study: PolicyStudy, grid: Sequence[Cell], runs: Runs, out: Pat
         seen = [examined(out, seed, data) for seed in study.seeds]
         most = seen[0]["base_proxy"].shape[1]
         split = [variances(one["base_proxy"]) for one in seen] if most > 1 else []
-        for k in (0, *(k for k in (1, 3, 5) if k <= most)):
-            measured = [_variance(one["proxy"], one["base_proxy"], k) for one in seen]
-            predicted = [v.contrastive(k) if k else v.plain for v in split]
-            row = {"world": data[0], "repair": data[1], "policy": "SFT", "k": k, "measured": value_row(measured)}
-            rows.append(row | {"predicted": value_row(predicted) if predicted else None})
+        for k, shrunk in [(0, False), *((k, s) for k in (1, 3, 5) if k <= most for s in (False, True) if k > s)]:
+            measured = [_variance(one["proxy"], one["base_proxy"], k, shrunk) for one in seen]
+            predicted = [v.shrunk(k) if shrunk else v.contrastive(k) if k else v.plain for v in split]
+            row = {"world": data[0], "repair": data[1], "policy": "SFT", "k": k, "shrunk": shrunk}
+            row |= {"measured": value_row(measured), "predicted": value_row(predicted) if predicted else None}
+            rows.append(row)
         for cell in (c for c in grid if c.data == data and runs.of[c]):
             for k in (0, most) if members(study, cell.arm) == 1 else ():
                 at_end = [
@@ -45,8 +46,11 @@ def variance_rows(study: PolicyStudy, grid: Sequence[Cell], runs: Runs, out: Pat
     return rows
 
 
-def _variance(current_NK: np.ndarray, baselines_Nk: np.ndarray, k: int) -> float:
-    rewards = contrasted(current_NK, baselines_Nk, k) if k else current_NK
+def _variance(current_NK: np.ndarray, baselines_Nk: np.ndarray, k: int, shrunk: bool = False) -> float:
+    if shrunk:
+        rewards = current_NK - shrunk_means(baselines_Nk[:, :k])[:, None]
+    else:
+        rewards = contrasted(current_NK, baselines_Nk, k) if k else current_NK
     return float(rewards.var(ddof=1))
 
 

@@ -370,8 +370,15 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N
     if missing:
         raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
     baselines_NK = torch.from_numpy(np.stack([stored[prompt_key(p)] for p in prompts]))
+    if config.baseline == "shrunk" and min(baselines_NK.shape) < 2:
+        raise InputError(
+            f"{config.baselines}: {len(baselines_NK)} prompts with {baselines_NK.shape[1]} baselines each; "
+            "baseline = shrunk needs 2 of both: sample more, or use mean"
+        )
     pooled = config.lsc_reference == "all"
-    return references(baselines_NK, config.reward, lsc_percentile=config.lsc_percentile, pooled=pooled)
+    return references(
+        baselines_NK, config.reward, baseline=config.baseline, lsc_percentile=config.lsc_percentile, pooled=pooled
+    )
 
 
 def _write_samples(
