@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import tiny
 from conftest import Folders
-from steelyard.cli import VERBS, main, overview
+from steelyard.cli import MODULES, VERBS, main, overview
 
 HELP = {
     "demo": ["--out", "--resume", "--set"],
@@ -134,10 +135,17 @@ def test_help_and_mistyped_verbs_answer_without_torch() -> None:
 
 
 def test_the_overview_names_every_verb_that_has_a_command() -> None:
-    from steelyard.commands import COMMANDS
+    commands = {module: list(importlib.import_module(f"steelyard.commands.{module}").COMMANDS) for module in MODULES}
+    assert sorted(verb for verbs in commands.values() for verb in verbs) == sorted(VERBS) == sorted(HELP)
+    for module, verbs in commands.items():
+        assert {verb.split()[0] for verb in verbs} == set(MODULES[module])
+    assert all(verb in overview() for verb in VERBS)
 
-    assert set(COMMANDS) == set(VERBS) == set(HELP)
-    assert all(verb in overview() for verb in COMMANDS)
+
+@pytest.mark.parametrize("verb", ["simulate", "repair", "report"])
+def test_what_needs_no_model_does_not_wait_for_torch(verb: str) -> None:
+    code = f"import sys; from steelyard.cli import main; main(['{verb}', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize("verb", list(HELP))

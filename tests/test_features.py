@@ -208,7 +208,7 @@ class TestVerb:
         self, tmp_path: Path, planted: dict[str, str], planted_reward: Path, reward_model: Folders,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("steelyard.commands.default_workers", lambda device: 1)
+        monkeypatch.setattr("steelyard.commands.examining.default_workers", lambda device: 1)
         out = tmp_path / "features"
         args = ["evaluate", "features", "--models", "trained", str(planted_reward / "model"), "random"]
         args += [reward_model("llama"), "--data", planted["held-out"], "--drawn", "20", "--out", str(out)]

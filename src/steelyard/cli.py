@@ -1,8 +1,8 @@
 """The command line: one thin command per verb. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
 
 Every verb that trains or measures reads its settings from a YAML file (`steelyard train reward settings.yaml`),
-from dotted options (`--optim.lr 1e-4`), or both; options win. What a verb does stands in `steelyard.commands`,
-which is imported only when it runs, so that `--help` is quick.
+from dotted options (`--optim.lr 1e-4`), or both; options win. What a verb does stands in a module of
+`steelyard.commands`, which alone is imported when it runs: what needs no model does not wait for torch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ VERBS = {
     "report": "one self-contained HTML page from a run folder",
     "run": "a whole recipe from a YAML file, resumable",
 }
+MODULES = {
+    "weighing": ("audit", "strength"),
+    "labels": ("simulate", "repair"),
+    "training": ("train", "sample"),
+    "examining": ("evaluate",),
+    "studies": ("study",),
+    "whole": ("demo", "run", "iterate"),
+    "page": ("report",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from steelyard.parallel import JobError
 
     try:
-        commands = importlib.import_module("steelyard.commands")
+        module = next(name for name, first in MODULES.items() if verb.split()[0] in first)
+        commands = importlib.import_module(f"steelyard.commands.{module}")
         commands.COMMANDS[verb](args[len(verb.split()) :])
         return 0
     except SystemExit as end:

@@ -1,0 +1,84 @@
+"""Commands on preference files: weigh, repair, simulate."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from steelyard.cli import VERBS
+from steelyard.commands.common import OUT, RESUME, Args, show
+from steelyard.data.export import refuse_annotated, write_annotated, write_published
+from steelyard.data.load import load_preferences
+from steelyard.measure import StrengthConfig, measure, read_scores
+from steelyard.report import build_report
+from steelyard.run_dir import write_json_atomic
+from steelyard.settings import command_line, parse
+from steelyard.stages import truth_column
+from steelyard.summary import describe_run, tables
+
+
+class AuditConfig(StrengthConfig):
+    """Weigh every preference of a file and say which ones to doubt."""
+
+    truth_column: str | None = Field(
+        None, description="column with 1 label right, -1 wrong, 0 tie: to see how well it works, never to train on"
+    )
+
+
+def audit(args: Args) -> None:
+    """Strength of each pair, the file back with columns, a report with the worst pairs."""
+    if args and not args[0].startswith("-") and not args[0].endswith((".yaml", ".yml")):
+        args = ["--data", *args]
+    config, extra = parse(
+        AuditConfig, args, verb="audit", about=VERBS["audit"] + " (the file may be given first, without --data)",
+        out=OUT, resume=RESUME,
+    )  # fmt: skip
+    _weigh(config, config.truth_column, extra.out, extra.resume, report=True)
+
+
+def strength(args: Args) -> None:
+    """As `audit`, without a report."""
+    config, extra = parse(StrengthConfig, args, verb="strength", about=VERBS["strength"], out=OUT, resume=RESUME)
+    _weigh(config, None, extra.out, extra.resume, report=False)
+
+
+def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, *, report: bool) -> None:
+    began = time.time()
+    loaded = load_preferences(config.data, on_invalid=config.on_invalid)
+    print(loaded.report.text())
+    refuse_annotated(loaded)
+    truth = truth_column(loaded.preferences, column, config.data)
+    own = StrengthConfig(**{k: getattr(config, k) for k in config.model_fields_set if k in StrengthConfig.model_fields})
+    folder = out / "strength" / config.scoring
+    measured = measure(own, loaded.preferences, folder, truth=truth, resume=resume)
+    result = json.loads((folder / "result.json").read_text())
+    if result["left_out"]:
+        print(result["left_out"])
+    strengths = {p.id: s for p, s in zip(loaded.preferences, measured, strict=True) if s is not None}
+    annotated = write_annotated(loaded, strengths, out / "annotated.jsonl", overwrite=True)
+    scores, index = read_scores(folder)
+    published = write_published(
+        [loaded.preferences[i] for i in index], out / "published_format.jsonl",
+        chosen_scores_NM=scores[..., 0].T, rejected_scores_NM=scores[..., 1].T, overwrite=True,
+    )  # fmt: skip
+    actions = result["actions"]
+    print(
+        f"{result['pairs']} pairs weighed by {result['members']} reward models in {result['seconds']:.0f} s: "
+        f"{result['share_negative']:.1%} have a negative mean margin; suggested: flip {actions['flip']}, soften "
+        f"{actions['soften']}, keep {actions['keep']}"
+    )
+    print(f"annotated rows: {annotated}\npublished format: {published}")
+    if report:
+        name = f"Audit of {Path(config.data).name}"
+        about = describe_run(name, config.seed, began, command_line())
+        write_json_atomic(out / "run.json", about | {"seconds": time.time() - began})
+        summary = {"tables": tables(out), "stages": [{"name": "strength", "seconds": result["seconds"], "note": ""}]}
+        write_json_atomic(out / "summary.json", summary)
+        show(summary["tables"])
+        print(f"report: {build_report(out)}")
+
+
+COMMANDS = {"audit": audit, "strength": strength}

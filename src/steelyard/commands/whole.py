@@ -1,0 +1,57 @@
+"""Commands that run several stages: a recipe, and rounds."""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from steelyard.cli import VERBS
+from steelyard.commands.common import Args, show
+from steelyard.commands.files import from_file, study
+from steelyard.errors import InputError
+from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
+from steelyard.pipeline import run_recipe
+from steelyard.recipe import Recipe
+from steelyard.report import build_report
+from steelyard.run_dir import write_json_atomic
+from steelyard.settings import command_line
+from steelyard.summary import describe_run
+
+
+def demo(args: Args) -> None:
+    """The built-in recipe `demo.yaml`, with overrides."""
+    recipe = resources.files("steelyard") / "recipes" / "demo.yaml"
+    with resources.as_file(recipe) as path:
+        _run(path, args, "demo", Path("runs/demo"))
+
+
+def run(args: Args) -> None:
+    """A recipe from a YAML file."""
+    if not args or args[0].startswith("-"):
+        if "-h" in args or "--help" in args:
+            _run(Path(), ["--help"], "run RECIPE.yaml", None)
+        raise InputError("name the recipe: `steelyard run recipe.yaml --out runs/name`")
+    _run(Path(args[0]), args[1:], "run", None)
+
+
+def _run(path: Path, args: Args, verb: str, out: Path | None) -> None:
+    recipe, extra = from_file(Recipe, path, args, verb, VERBS[verb.split()[0]], out)
+    summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
+    page = build_report(extra.out)
+    show(summary["tables"])
+    print(f"\nreport: {page}")
+
+
+def rounds(config: RoundsConfig, out: Path, *, resume: bool, command: str) -> dict[str, Any]:
+    """The rounds, and what the report says of the run."""
+    began = time.time()
+    record = run_rounds(config, out, resume=resume)
+    if not (out / "run.json").exists():
+        write_json_atomic(out / "run.json", describe_run(f"Rounds: {config.reward}", config.seed, began, command))
+    write_json_atomic(out / "summary.json", {"tables": [rounds_table(record)]})
+    return record
+
+
+COMMANDS = {"demo": demo, "run": run, "iterate": study(RoundsConfig, rounds, "iterate", "settings")}
