@@ -438,6 +438,15 @@ def test_a_single_audit_folder_is_enough(whole: Path, tmp_path: Path) -> None:
     assert "240 pairs were weighed with 10 reward models, out-of-fold" in page.text
 
 
+@pytest.mark.parametrize("settings", ["repair_from: in-sample\n", "repair_from: [\n"])
+def test_the_scoring_that_repaired_comes_first(whole: Path, tmp_path: Path, settings: str) -> None:
+    """What the summary says of strength is what the repairs went by; settings that cannot be read say nothing."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "recipe.yaml").write_text(settings)
+    expected = "in-sample" if settings.endswith("sample\n") else "out-of-fold"
+    assert f"240 pairs were weighed with 10 reward models, {expected}" in _page(folder).text
+
+
 def test_numbers_shown_are_those_of_the_files(whole: Path, html: str) -> None:
     text = Page(html).text
     for shown in ("1.832", "2.205", "12 000".replace(" ", "\u202f"), "−0.50", "14.25", "0.791 [0.773, 0.809]"):

@@ -6,6 +6,7 @@ run was made (`run.json`, `recipe.yaml`, `config.json`, `timings.jsonl`, `sample
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -321,9 +323,20 @@ def _read_strengths(path: Path, notes: list[str]) -> tuple[StrengthRun, ...]:
             return (_read_strength(single, path, notes),)
     folder = path / "strength"
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    names.sort(key=lambda n: _PRIMARY_FIRST.index(n) if n in _PRIMARY_FIRST else len(_PRIMARY_FIRST))
+    first = (_repaired_from(path), *_PRIMARY_FIRST)
+    names.sort(key=lambda n: first.index(n) if n in first else len(first))
     present = [n for n in names if any((folder / n / f).exists() for f in ("strength.parquet", "result.json"))]
     return tuple(_read_strength(folder / n, path, notes) for n in present)
+
+
+def _repaired_from(path: Path) -> str | None:
+    """The scoring by which a recipe or study repaired, if its settings say."""
+    for name in ("recipe.yaml", "study.yaml"):
+        if (path / name).exists():
+            with contextlib.suppress(OSError, yaml.YAMLError):
+                settings = yaml.safe_load((path / name).read_text())
+                return settings.get("repair_from") if isinstance(settings, dict) else None
+    return None
 
 
 def _read_strength(folder: Path, root: Path, notes: list[str]) -> StrengthRun:
