@@ -57,7 +57,8 @@ def main() -> None:
         result[name] = {"rounds": made, "faster": faster}
         rows.append([name, *(shown(x, 1) for x in sums), *(shown(x) for x in faster)])
     print(
-        f"\n{args.members} members, {args.pairs} pairs, {args.rounds} round(s); median (smallest - largest)\n{table(rows)}"
+        f"\n{args.members} members, {args.pairs} pairs, {args.rounds} round(s); median (smallest - largest)\n"
+        f"{table(rows)}"
     )
     path = args.out / "ensemble.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
