@@ -20,6 +20,7 @@ from pathlib import Path
 from rounds import ratios, shown, spread, table, threads_env
 
 HERE = Path(__file__).resolve().parent
+TRL, OURS = "trl", "steelyard"
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     env = os.environ | threads_env(args.threads) | {"HF_HUB_OFFLINE": "1"}
     ours, theirs = [sys.executable], [str(args.trl_python.absolute())]
     worker = str(HERE / "ensemble_workers.py")
-    found: dict[str, list[tuple[float, float]]] = {"trl": [], "steelyard": []}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in args.variants}
     with tempfile.TemporaryDirectory(dir=args.out) as scratch:
         folder = Path(scratch)
         settings = {name: getattr(args, name) for name in ("pairs", "batch", "micro", "max_length", "precision", "lr")}
@@ -37,9 +38,9 @@ def main() -> None:
         with log.open("w") as out:
             _timed([*ours, worker, "prepare", str(folder), args.model, args.data], env, out)
             for n in range(args.rounds):
-                for name in ("trl", "steelyard")[:: 1 if n % 2 == 0 else -1]:
+                for name in args.variants[:: 1 if n % 2 == 0 else -1]:
                     target = folder / f"{name}-{n}"
-                    if name == "trl":
+                    if name == TRL:
                         runs = [[*theirs, worker, "trl", str(folder), str(target), str(m)] for m in range(args.members)]
                     else:
                         runs = [[*ours, worker, "steelyard", str(folder), str(target), str(args.members), args.model]]
@@ -53,7 +54,7 @@ def main() -> None:
     rows = [["", "seconds", "CPU seconds", "steelyard faster", "by CPU time"]]
     for name, made in found.items():
         sums = [spread([c[i] for c in made]) for i in (0, 1)]
-        faster = [ratios([c[i] for c in made], [c[i] for c in found["steelyard"]]) for i in (0, 1)]
+        faster = [ratios([c[i] for c in made], [c[i] for c in found[OURS]]) for i in (0, 1)]
         result[name] = {"rounds": made, "faster": faster}
         rows.append([name, *(shown(x, 1) for x in sums), *(shown(x) for x in faster)])
     print(
@@ -92,9 +93,12 @@ def _arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-5, help="learning rate")
     add("--threads", type=int, default=1, help="threads of each process")
     add("--trl-python", type=Path, default=HERE / ".venv-trl/bin/python", help="interpreter of TRL's environment")
+    add("--variants", nargs="+", choices=(TRL, OURS), default=[TRL, OURS], help="what is run; our own always")
     add("--out", type=Path, default=Path("runs/benchmarks"), help="folder for ensemble.json and the log")
     args = parser.parse_args()
-    if not args.trl_python.exists():
+    if OURS not in args.variants:
+        parser.error(f"--variants: {OURS} must be among them, all are compared with it")
+    if TRL in args.variants and not args.trl_python.exists():
         parser.error(f"{args.trl_python}: no such interpreter; benchmarks/README.md says how TRL's environment is made")
     args.out.mkdir(parents=True, exist_ok=True)
     return args

@@ -115,6 +115,20 @@ def test_ppo_runs_from_end_to_end(language_model: Folders, prompts: str, tmp_pat
     assert len(one["losses"]) == 2
 
 
+@pytest.mark.slow
+def test_ensembles_run_from_end_to_end(language_model: Folders, planted: dict[str, str], tmp_path: Path) -> None:
+    """Ours alone: TRL lives in another environment."""
+    options = ["--model", language_model("llama"), "--data", planted["clean"], "--pairs", "12", "--members", "2"]
+    command = [sys.executable, str(BENCHMARKS / "ensemble.py"), *options, "--rounds", "1", "--variants", "steelyard"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + (tmp_path / "ensemble.log").read_text()
+    found = json.loads((tmp_path / "ensemble.json").read_text())
+    ((wall, cpu),) = found["steelyard"]["rounds"]
+    assert wall > 0
+    assert cpu > 0
+    assert found["steelyard"]["faster"][0]["median"] == 1
+
+
 def test_too_few_prompts_are_said(language_model: Folders, prompts: str, tmp_path: Path) -> None:
     options = ["--model", language_model("llama"), "--data", prompts, "--prompts", "50", "--out", str(tmp_path / "out")]
     done = _run("sampling.py", *options)
