@@ -215,10 +215,10 @@ def test_layers_members_are_full_members_with_frozen_layers(
     # One of two layers is frozen: a data set's pass through it costs half of its tokens, and only the first time.
     assert costs["layers/in-sample"]["shared"]["tokens"] == tokens / 2
     assert costs["layers/out-of-fold"]["shared"]["tokens"] == 0
-    # Two epochs: frozen half forward 2 times, top half 3 times 2; then judging, and the final scoring, both whole.
+    # Two epochs: frozen half forward 2 times, top half 3 times 2; then judging, whole.
     (full, _), (top, _) = costs["full/in-sample"]["members"], costs["layers/in-sample"]["members"]
-    assert full["tokens"] == pytest.approx(tokens * (2 / 2 + 3 * 2 / 2 + 2))
-    assert top["tokens"] == pytest.approx(tokens * (3 * 2 / 2 + 2 / 2))
+    assert full["tokens"] == pytest.approx(tokens * (2 / 2 + 3 * 2 / 2 + 1))
+    assert top["tokens"] == pytest.approx(tokens * (3 * 2 / 2 + 1 / 2))
     assert all(m[key] > 0 for m in costs["full/in-sample"]["members"] for key in ("wall", "cpu", "memory"))
 
 
@@ -268,7 +268,9 @@ def test_tokens_of_adapters_and_of_whole_models(language_model: Folders, planted
     trees = [tiny_tree(n) for n in range(10)]  # 8 tokens each, no two alike
     model = language_model("llama")
     full = configure(planted, model, **FULL | {"member": MemberConfig(epochs=1.5)})
-    # 1.5 passes at 3, judging of 4 pairs, and the final scoring of all 10.
-    assert member_tokens(full, trees, trees[:4]) == 1.5 * 80 * 3 + 32 + 80
+    # 1.5 passes at 3 and judging of 4 pairs; and for members that are kept the final scoring of all 10.
+    assert member_tokens(full, trees, trees[:4]) == 1.5 * 80 * 3 + 32
+    kept = full.model_copy(update={"keep_members": True})
+    assert member_tokens(kept, trees, trees[:4]) == 1.5 * 80 * 3 + 32 + 80
     lora = configure(planted, model, **LORA | {"member": MemberConfig(epochs=1.5)})
     assert member_tokens(lora, trees, trees[:4]) == 1.5 * 80 * 2 + 32

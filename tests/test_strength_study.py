@@ -275,13 +275,13 @@ class TestTheStudy:
         by_kind = {(r["backend"], r["scoring"], r["members"]): r for r in found["rows"]}
         assert by_kind["whole", "in-sample", 2]["rank_correlation"]["mean"] == 1.0
         assert by_kind["whole", "in-sample", 2]["tokens_of_one"]["mean"] == pytest.approx(2.0)
-        # Top layer of two, one epoch: half of a pass is shared; a member costs 3 / 2 + two scorings of 1 / 2, a whole
-        # model 3 + 2 scorings.
+        # Top layer of two, one epoch: half of a pass is shared; a member costs 3 / 2 + a scoring of 1 / 2, a whole
+        # model 3 + a scoring.
         one = by_kind["top layer", "in-sample", 1]["tokens_of_one"]["mean"]
-        assert one == pytest.approx((0.5 + 1.5 + 1.0) / 5)
-        assert by_kind["adapters", "in-sample", 2]["tokens_of_one"]["mean"] == pytest.approx(2 * 3 / 5)
-        assert by_kind["head", "in-sample", 2]["tokens_of_one"]["mean"] == pytest.approx(1 / 5)
-        assert by_kind["head", "out-of-fold", 2]["tokens_of_one"]["mean"] == pytest.approx(1 / 5)
+        assert one == pytest.approx((0.5 + 1.5 + 0.5) / 4)
+        assert by_kind["adapters", "in-sample", 2]["tokens_of_one"]["mean"] == pytest.approx(2 * 3 / 4)
+        assert by_kind["head", "in-sample", 2]["tokens_of_one"]["mean"] == pytest.approx(1 / 4)
+        assert by_kind["head", "out-of-fold", 2]["tokens_of_one"]["mean"] == pytest.approx(1 / 4)
 
     def test_seeds_have_worlds_and_members_of_their_own(self, done: Path) -> None:
         texts = [(done / f"world-{seed}" / "data" / "preferences.jsonl").read_text() for seed in (0, 1)]

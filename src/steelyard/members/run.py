@@ -93,8 +93,9 @@ def member_tokens(config: StrengthConfig, train: Sequence[Tree], judged: Sequenc
     scored = tokens_of(judged, config.max_tokens)
     if config.backend == "lora":
         return 2 * trained + scored
-    # `train_reward` ends by scoring some of its pairs, for the reward's mean and std.
-    scored += tokens_of(train[:: -(-len(train) // NORMAL_PAIRS)], config.max_tokens)
+    if config.keep_members:
+        # `train_reward` ends by scoring some of its pairs, for the reward's mean and std.
+        scored += tokens_of(train[:: -(-len(train) // NORMAL_PAIRS)], config.max_tokens)
     top = _trained_share(config)
     below = 0.0 if config.backend == "layers" else 1 - top
     return trained * (3 * top + below) + scored * (top + below)

@@ -50,7 +50,7 @@ def trained_member(
 ) -> Float[np.ndarray, "n 2"]:
     """Train member m on the pairs `train` (None: all) in the folder `out`, and score; goes on where one stopped."""
     settings = reward_config(config, m, cache=out.parents[2] / "activations")
-    train_reward(settings, out, resume=out.exists(), quiet=True, rows=train)
+    train_reward(settings, out, resume=out.exists(), quiet=True, rows=train, normal=config.keep_members)
     model = RewardModel.load(out / "model", precision=config.precision, device=config.device)
     scorer = open_cache(settings, model, judged) or model
     scores = scorer.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)

@@ -110,10 +110,12 @@ def train_reward(
     resume: bool = False,
     quiet: bool = False,
     rows: Sequence[int] | None = None,
+    normal: bool = True,
 ) -> dict[str, Any]:
     """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
 
-    `rows` restricts the training data to these rows of the file's usable pairs (an ensemble's folds).
+    `rows` restricts the training data to these rows of the file's usable pairs (an ensemble's folds). Without `normal`
+    the reward's mean and std are not measured, for who only compares raw rewards: that scores up to 512 pairs again.
     """
     run = RunDir.open(out, config, resume=resume)
     with run:
@@ -176,18 +178,19 @@ def train_reward(
                         tensors["prototypes"] = prototypes.detach()
                     run.save(step, tensors, {"optimizer": optimizer_state})
 
-        sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
-        rewards = scorer.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
-        model.set_normal(float(rewards.mean()), float(rewards.std()))
+        if normal:
+            sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
+            rewards = scorer.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
+            model.set_normal(float(rewards.mean()), float(rewards.std()))
         model.hf.config.steelyard_max_length = config.max_length
         model.save(out / "model", encoder)
         result: dict[str, Any] = {
             "steps": steps,
             "pairs": len(trees),
             "tokens": sum(map(len, trees)),
-            "reward_mean": model.normal[0],
-            "reward_std": model.normal[1],
         }
+        if normal:
+            result |= {"reward_mean": model.normal[0], "reward_std": model.normal[1]}
         if config.contrastive.method is not None:
             result["contrastive"] = config.contrastive.numbers()
         run.finish(result)
