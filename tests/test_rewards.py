@@ -182,8 +182,9 @@ def test_shrunk_references_are_for_contrastive_rewards_alone() -> None:
     base = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
     assert references(base, "contrastive", baseline="shrunk").tolist() == [[2.25], [5.75]]
     assert references(base, "contrastive") is base
-    with pytest.raises(ValueError, match="goes with contrastive rewards, got 'par'"):
-        references(base, "par", baseline="shrunk")
+    for how in ("par", "lsc"):
+        with pytest.raises(ValueError, match=f"goes with contrastive rewards, got '{how}'"):
+            references(base, how, baseline="shrunk")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["plain", "contrastive", "par", "lsc"])

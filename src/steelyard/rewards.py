@@ -7,8 +7,8 @@ own offset, so batches vary less (from tau^2 + s^2 to s^2 (1 + 1/k) at the start
 between prompts and s^2 within), and normalisation, clipping and the critic see a cleaner signal.
 
 Where prompts hardly differ the baselines' own noise is more than what they take away. Shrunk to the mean of all
-prompts by their reliability (`baseline = "shrunk"`, this project's) they never add variance, and still depend on the
-prompt alone.
+prompts by their reliability (`baseline = "shrunk"`, this project's) they add none, but for errors of estimation, and
+still depend on the prompt alone.
 
 PAR and LSC bend the difference to those baselines instead: they change which policy is best, on purpose. Rewards of
 several models are aggregated before any of this.
@@ -81,12 +81,12 @@ def references(
     Raises:
         ValueError: as `percentile` and `shrunk_means` do; or a baseline that `how` does not read.
     """
+    if baseline != "mean" and how != "contrastive":
+        raise ValueError(f"baseline = {baseline} goes with contrastive rewards, got {how!r}")
     if how == "lsc":
         return percentile(baselines_NK, lsc_percentile, pooled=pooled)[:, None]
     if baseline == "mean":
         return baselines_NK
-    if how != "contrastive":
-        raise ValueError(f"baseline = {baseline} goes with contrastive rewards, got {how!r}")
     shrunk_N = torch.from_numpy(shrunk_means(baselines_NK.double().cpu().numpy()))
     return shrunk_N[:, None].to(baselines_NK.device, torch.float32)
 

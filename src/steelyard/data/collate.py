@@ -126,7 +126,7 @@ def collate(
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
 
-    read_n = np.sort(last.ravel()) if reads == "scored" else np.unique(before[mask])
+    read_n = last.ravel() if reads == "scored" else np.unique(before[mask])
     return TreeBatch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=tensor(np.concatenate(positions)),

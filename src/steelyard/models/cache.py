@@ -146,12 +146,14 @@ class TrunkCache:
             return 0
         self._require_room(missing, say)
         computed = 0
-        parts = {_part(t) for t in missing}
+        parts: dict[int, list[Tree]] = {}
+        for tree in missing:
+            parts.setdefault(_part(tree), []).append(tree)
         # First the parts that nobody else is building, beginning anywhere; then those that somebody was.
         order = sorted(parts, key=lambda part: (part - os.getpid()) % PARTS)
         for patient in (False, True):
             for part in order:
-                computed += self._fill(missing, part, patient, max_tokens, on_tokens)
+                computed += self._fill(parts[part], part, patient, max_tokens, on_tokens)
         return computed
 
     def states(self, trees: Sequence[Tree]) -> Float[Tensor, "T D"]:
@@ -251,14 +253,13 @@ class TrunkCache:
 
     def _fill(
         self,
-        missing: Sequence[Tree],
+        mine: Sequence[Tree],
         part: int,
         patient: bool,
         max_tokens: int,
         on_tokens: Callable[[int], None] | None,
     ) -> int:
-        """Build one part's missing entries, unless another process is at it (`patient`: wait for that process)."""
-        mine = [t for t in missing if _part(t) == part]
+        """Build what is missing of one part, unless another process is at it (`patient`: wait for that process)."""
         if not self.missing(mine, max_tokens):
             return 0
         computed = 0
