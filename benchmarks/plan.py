@@ -40,6 +40,7 @@ class Settings:
     start: str
     precision: str
     threads: int
+    device: str = "cpu"
     batch: int = 16
     micro: int = 8
     bucket: int = 4

@@ -92,6 +92,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="folder of a language model, or of a reward model to continue")
     add("--data", required=True, help="preferences: any file that `steelyard train reward` reads")
     add("--threads", type=int, default=1, help="of each process; with 1 the CPU times are comparable under load")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="on a GPU peak memory is the GPU's")
     add("--batch", type=int, default=16, help="pairs a step")
     add("--max-tokens", type=int, default=4096, help="tokens at once in Steelyard")
     add("--max-length", type=int, default=512, help="pairs with a longer sequence are left out, for all")
@@ -115,6 +116,7 @@ def prepared(args: argparse.Namespace, windows: Sequence[int]) -> Iterator[tuple
             start=str(Path(scratch).resolve() / "start"),
             precision=args.precision,
             threads=args.threads,
+            device=args.device,
             batch=args.batch,
             micro=getattr(args, "micro", args.batch),
             bucket=getattr(args, "bucket", args.batch),
@@ -198,9 +200,9 @@ def text(result: Mapping[str, Any]) -> str:
         )
     settings = result["settings"]
     said = [
-        f"{settings['model']}, {settings['precision']}, {settings['threads']} thread(s), {settings['batch']} pairs a "
-        f"step; median (smallest - largest) of {len(next(iter(result['rounds'].values())))} round(s) of "
-        f"{result['steps']} step(s)",
+        f"{settings['model']}, {settings['precision']}, {settings['device']}, {settings['threads']} thread(s), "
+        f"{settings['batch']} pairs a step; median (smallest - largest) of "
+        f"{len(next(iter(result['rounds'].values())))} round(s) of {result['steps']} step(s)",
         table(rows),
     ]
     for name, difference in result["loss_difference"].items():

@@ -35,7 +35,12 @@ class Gate:
     batch, collation, forward, backward, optimiser, logging, whatever the loop does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._cuda: Any = None
+        if device == "cuda":  # waited for before the clock is read; its memory is what counts there
+            import torch
+
+            self._cuda = torch.cuda
         # Libraries print to standard output: the parent reads from a copy of it that only the gate knows.
         die_first()
         self._replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -46,7 +51,7 @@ class Gate:
 
     def open(self, **about: Any) -> None:
         """Say that everything is loaded, with facts for the record, and wait for the first round."""
-        self._reply({**about, "peak_bytes": peak_bytes()})
+        self._reply({**about, "peak_bytes": self._peak()})
         self._wait()
 
     def step(self, loss: float, tokens: int) -> None:
@@ -55,22 +60,29 @@ class Gate:
         self._tokens += tokens
         self._left -= 1
         if self._left == 0:
+            if self._cuda:
+                self._cuda.synchronize()
             self._reply(
                 {
                     "seconds": time.perf_counter() - self._wall,
                     "cpu_seconds": time.process_time() - self._cpu,
                     "losses": self._losses,
                     "tokens": self._tokens,
-                    "peak_bytes": peak_bytes(),
+                    "peak_bytes": self._peak(),
                 }
             )
             self._wait()
+
+    def _peak(self) -> int:
+        return int(self._cuda.max_memory_allocated()) if self._cuda else peak_bytes()
 
     def _reply(self, message: Mapping[str, Any]) -> None:
         self._replies.write(json.dumps(message) + "\n")
 
     def _wait(self) -> None:
         give_back()
+        if self._cuda:
+            self._cuda.empty_cache()
         wanted = sys.stdin.readline()
         if not wanted:
             raise Finished

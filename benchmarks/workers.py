@@ -36,7 +36,7 @@ def about() -> dict[str, Any]:
 def train_trl(plan: Plan, gate: Gate, *, checkpointing: bool) -> None:
     """TRL's RewardTrainer in its own loop. Only what must be equal in all programs is set; the rest is its default.
 
-    bf16 with `use_cpu` is accelerate's autocast around the model's forward: float32 weights, bfloat16 products.
+    bf16 is accelerate's autocast around the model's forward: float32 weights, bfloat16 products.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -67,7 +67,7 @@ def train_trl(plan: Plan, gate: Gate, *, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         args = RewardConfig(
             output_dir=scratch,
-            use_cpu=True,
+            use_cpu=wanted.device == "cpu",
             bf16=wanted.precision == "bfloat16",
             max_length=wanted.max_length,
             per_device_train_batch_size=wanted.micro,
@@ -101,7 +101,7 @@ def train_bucketed(plan: Plan, gate: Gate) -> None:
     wanted = plan.settings
     model = AutoModelForSequenceClassification.from_pretrained(
         wanted.start, attn_implementation="sdpa", dtype=torch.float32
-    )
+    ).to(wanted.device)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -112,8 +112,8 @@ def train_bucketed(plan: Plan, gate: Gate) -> None:
     for step in plan.bucketed_steps():
         total, computed = 0.0, 0
         for group in micro_batches(step, wanted.bucket):
-            ids, mask = _padded(group, pad_id)
-            with torch.autocast("cpu", torch.bfloat16, enabled=wanted.precision == "bfloat16"):
+            ids, mask = (x.to(wanted.device) for x in _padded(group, pad_id))
+            with torch.autocast(wanted.device, torch.bfloat16, enabled=wanted.precision == "bfloat16"):
                 rewards = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
             chosen, rejected = rewards.float().chunk(2)
             loss = -logsigmoid(chosen - rejected).sum() / len(step)
@@ -176,12 +176,13 @@ def train_steelyard(plan: Plan, gate: Gate, *, meta: bool = False) -> None:
         "max_tokens": wanted.max_tokens,
         "max_length": wanted.max_length,
         "precision": wanted.precision,
+        "device": wanted.device,
     }
     config = RewardConfig(**common)
     meta_config = MetaRMConfig(**common, meta="plan", k=2, meta_batch_size=wanted.batch) if meta else None
     encoder = Encoder.load(wanted.start, max_length=wanted.max_length)
     model = RewardModel.from_language_model(
-        wanted.start, pad_id=encoder.pad_id, seed=wanted.seed, precision=config.precision
+        wanted.start, pad_id=encoder.pad_id, seed=wanted.seed, precision=config.precision, device=wanted.device
     )
     model.eval()
     optimizer = optim.build(model.parameters())
@@ -216,8 +217,8 @@ PROGRAMS: dict[str, Any] = {
 def main() -> None:
     """`python workers.py NAME PLAN`."""
     name, path = sys.argv[1], Path(sys.argv[2])
-    gate = Gate()
     plan = Plan.read(path)
+    gate = Gate(plan.settings.device)
     import torch
 
     torch.set_num_threads(plan.settings.threads)

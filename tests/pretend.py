@@ -152,10 +152,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float, en
     return scores.softmax(-1) @ v
 
 
-def _sees(batch: Any) -> Tensor:
+def _sees(batch: Any, read: bool) -> Tensor:
     place, tree, branch = torch.arange(batch.tokens, device=batch.ids_T.device), batch.tree_T, batch.branch_T
     own = (branch == 0) | (branch == branch[:, None])
-    return (place <= place[:, None]) & (tree == tree[:, None]) & own
+    sees: Tensor = (place <= place[:, None]) & (tree == tree[:, None]) & own
+    return sees[batch.read_n] if read else sees
 
 
 @contextmanager

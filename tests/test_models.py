@@ -363,13 +363,19 @@ def test_long_texts_are_attended_in_pieces(reward_model: Folders) -> None:
             torch.testing.assert_close(model(collate(trees, tiny.PAD)), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_flex_attention_is_given_the_same_rule_of_who_sees_whom() -> None:
+@pytest.mark.parametrize("reads", ["all", "scored", "responses"])
+@pytest.mark.parametrize("d", [16, 8])
+@pytest.mark.filterwarnings(r"ignore:flex_attention called without torch\.compile")  # a GPU gets it compiled
+def test_flex_attention_is_given_the_same_rule_of_who_sees_whom(reads: Any, d: int) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    batch = collate([*TREES, Tree(tuple(range(5, 25)) * 8, ((9,) * 40, (10,) * 3))], tiny.PAD)
+    trees = [*TREES, Tree(tuple(range(5, 25)) * 8, ((9,) * 40, (10,) * 3))]
+    read = reads != "all"
+    batch = collate(trees, tiny.PAD, reads=reads if read else "scored")
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch.tokens, heads, 16, generator=generator) for heads in (4, 2, 2))
-    ours = attention.tree_attention(q, k, v, batch, 0.25)
-    with pytest.warns(UserWarning, match=r"without torch\.compile"):  # which a GPU gets
-        flex = attention._flex(q, k, v, batch, 0.25, run=flex_attention)
+    q, k, v = (torch.randn(batch.tokens, heads, d, generator=generator) for heads in (4, 2, 2))
+    if read:
+        q = q[batch.read_n]
+    ours = attention.tree_attention(q, k, v, batch, 0.25, read=read)
+    flex = attention._flex(q, k, v, batch, 0.25, read=read, run=flex_attention)
     torch.testing.assert_close(flex, ours, rtol=1e-4, atol=1e-5)

@@ -52,7 +52,8 @@ class TreeBatch:
     prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at which the
     response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them. `read_n`,
     rising, are the places whose last state will be read, by `reads`: `last_BK` or the distinct `before_BKR`. In
-    `read_blocks` these alone are queries, numbered from 0.
+    `read_blocks` these alone are queries, numbered from 0. On a GPU there are no blocks: attention follows `tree_T` and
+    `branch_T` there.
     """
 
     ids_T: Int[Tensor, "T"]
@@ -127,6 +128,7 @@ def collate(
         return torch.from_numpy(x).to(device)
 
     read_n = last.ravel() if reads == "scored" else np.unique(before[mask])
+    in_blocks = torch.device(device).type == "cpu"
     return TreeBatch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=tensor(np.concatenate(positions)),
@@ -137,10 +139,10 @@ def collate(
         at_BKR=tensor(at),
         before_BKR=tensor(before),
         last_BK=tensor(last),
-        blocks=tuple(_block(group, device) for group in _similar(segments)),
+        blocks=tuple(_block(group) for group in _similar(segments)) if in_blocks else (),
         reads=reads,
         read_n=tensor(read_n),
-        read_blocks=tuple(_renumber(_block(group, device), read_n) for group in _similar(read)),
+        read_blocks=tuple(_renumber(_block(group), read_n) for group in _similar(read)) if in_blocks else (),
     )
 
 
@@ -178,7 +180,7 @@ def _similar(segments: Sequence[_Segment]) -> list[list[_Segment]]:
     return groups
 
 
-def _block(segments: Sequence[_Segment], device: torch.device | str) -> AttentionBlock:
+def _block(segments: Sequence[_Segment]) -> AttentionBlock:
     root, P, start, before, n = (x[:, None] for x in np.array(segments).T)
     query, key = np.arange(n.max())[None], np.arange((P + before + n).max())[None]
     # A padded query repeats the segment's last token and sees what that one sees.
@@ -186,12 +188,12 @@ def _block(segments: Sequence[_Segment], device: torch.device | str) -> Attentio
     keys = np.where(key < P, root + key, start + np.minimum(key - P, before + n - 1))
     attend = key[:, None, :] <= (P + place)[:, :, None]
     arrays = (start + place, keys, query < n, attend)
-    return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
+    return AttentionBlock(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
 
 def _renumber(block: AttentionBlock, read_n: Int[np.ndarray, "n"]) -> AttentionBlock:
     """The block with its queries numbered among the tokens that are read."""
-    number = torch.searchsorted(torch.from_numpy(read_n).to(block.queries_nQ.device), block.queries_nQ)
+    number = torch.searchsorted(torch.from_numpy(read_n), block.queries_nQ)
     return replace(block, queries_nQ=number)
 
 

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,16 +26,17 @@ def tree_attention(
     batch: TreeBatch,
     scale: float,
     *,
-    blocks: tuple[AttentionBlock, ...] | None = None,
+    read: bool = False,
 ) -> Float[Tensor, "Q H d"]:
     """softmax(scale q k') v, each token over its prompt and its own response up to itself.
 
-    All T tokens are queries, unless `blocks` number others (on a CPU). H heads share G key-value heads (H a multiple
+    All T tokens are queries; with `read` those at `batch.read_n` alone. H heads share G key-value heads (H a multiple
     of G). The result has the query's dtype.
     """
     if query_THd.device.type == "cuda":
-        return _flex(query_THd, key_TGd, value_TGd, batch, scale)
-    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, blocks or batch.blocks, scale)
+        return _flex(query_THd, key_TGd, value_TGd, batch, scale, read=read)
+    blocks = batch.read_blocks if read else batch.blocks
+    out: Tensor = _TreeAttention.apply(query_THd, key_TGd, value_TGd, blocks, scale)
     return out
 
 
@@ -135,11 +137,15 @@ def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
     return torch.zeros(block.attend_nQS.shape, dtype=dtype).masked_fill_(~block.attend_nQS, -torch.inf)[:, None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, batch: TreeBatch, scale: float, run: Any = None) -> Tensor:
-    """The same through FlexAttention, compiled unless `run` says otherwise. Not yet run on a GPU."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out: Tensor = (run or _compiled_flex())(q, k, v, block_mask=_block_mask(batch), scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, batch: TreeBatch, scale: float, *, read: bool = False, run: Any = None
+) -> Tensor:
+    """The same through FlexAttention, compiled unless `run` says otherwise."""
+    d = query.shape[-1]
+    # A matrix unit's tile is 16 wide: narrower heads get columns of zeros, which change no product.
+    q, k, v = (F.pad(x, (0, max(0, 16 - d))).transpose(0, 1)[None] for x in (query, key, value))
+    out: Tensor = (run or _compiled_flex())(q, k, v, block_mask=_block_mask(batch, read), scale=scale, enable_gqa=True)
+    return out[0, ..., :d].transpose(0, 1)
 
 
 @functools.cache
@@ -149,17 +155,19 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-_latest: list[Any] = [None, None]  # a batch and its mask, which all layers of a pass share
+_latest: dict[bool, tuple[TreeBatch, Any]] = {}  # by `read`: a batch and its mask, which all layers of a pass share
 
 
-def _block_mask(batch: TreeBatch) -> Any:
+def _block_mask(batch: TreeBatch, read: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if _latest[0] is not batch:
+    if read not in _latest or _latest[read][0] is not batch:
         tree, branch, T = batch.tree_T, batch.branch_T, batch.tokens
+        place = batch.read_n if read else torch.arange(T, device=tree.device)
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            q = place[q]
             return (k <= q) & (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
-        _latest[:] = batch, create_block_mask(sees, None, None, T, T, device=str(tree.device))
-    return _latest[1]
+        _latest[read] = batch, create_block_mask(sees, None, None, len(place), T, device=str(tree.device))
+    return _latest[read][1]

@@ -90,7 +90,7 @@ def run_trunk(
         x = x if rest is None else x + rest
         h = rms_norm(x, *norm)
         # Behind the last attention only some tokens' states are read.
-        few = read == batch.reads and number == depth - 1 and depth not in collect and x.device.type == "cpu"
+        few = read == batch.reads and number == depth - 1 and depth not in collect
         x, rest = _layer(layer, x, h, (cos, sin), batch, precision, few)
     if rest is not None:
         x = x + rest
@@ -173,8 +173,7 @@ def _layer(
         q, k = attention.q_norm(q), attention.k_norm(k)
     # Qwen 3's norms of queries and keys give float32.
     q, k = rotate(q, *at).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-    blocks = batch.read_blocks if few else batch.blocks
-    o = tree_attention(q, k, v, batch, attention.scaling, blocks=blocks)
+    o = tree_attention(q, k, v, batch, attention.scaling, read=few)
     y = _linear(attention.o_proj, o.reshape(len(x), -1), precision)
     x = x + y
     h = rms_norm(x, *_norm_of(layer.post_attention_layernorm, precision))
