@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except InputError as error:
-        print(f"steelyard {verb}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started one says it
+            print(f"steelyard {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run folders can be resumed with --resume", file=sys.stderr)

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config, Device
-from steelyard.data.collate import collate, pack
+from steelyard.data.collate import collate
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid
 from steelyard.errors import InputError
 from steelyard.evaluate.reward import reward_metrics, wins
+from steelyard.group import ALONE, Group, GroupRun
 from steelyard.losses.meta import Direction, Normalisation, difference_loss, differences, meta_step
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
-from steelyard.run_dir import RunDir
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
-from steelyard.train.pairwise import pair_losses, read_pairs
+from steelyard.train.pairwise import pair_losses, read_pairs, shared_out
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
@@ -96,10 +96,13 @@ class MetaRMConfig(Config):
         return self
 
 
-def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result."""
-    run = RunDir.open(out, config, resume=resume)
-    with run:
+def train_metarm(
+    config: MetaRMConfig, out: Path, *, resume: bool = False, quiet: bool = False, group: Group = ALONE
+) -> dict[str, Any]:
+    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result (in a group, the first
+    process's)."""
+    quiet = quiet or not group.first
+    with GroupRun(group, out, config, resume=resume) as run:
         if run.finished:
             return run.result()
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
@@ -116,13 +119,14 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
         steps = total_steps(len(trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
         first, window = 0, _Window()
+        before: dict[str, Any] = {}
         if (saved := run.restore()) is not None:
             first, tensors, state = saved
             model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer")
             before = state["before"]
             window = _Window.unpack(tensors)
-        else:
+        elif group.first:
             before = spread_of(model.score(shown, pad_id=encoder.pad_id, max_tokens=config.max_tokens))
 
         order = batches(len(trees), config.batch_size, config.seed, first, steps)
@@ -139,6 +143,7 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
                     encoder,
                     config,
                     step,
+                    group,
                 )
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
                 optimizer.step()
@@ -151,7 +156,7 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
                     run.time(step, {"tokens_per_second": size / (time.perf_counter() - began)})
                     window = _Window()
                 progress.update(step, tokens=size, loss=_mean_loss(seen))
-                if held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
+                if group.first and held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
                     run.log(step, _examine(model, held_out, encoder, config.max_tokens))
                 if step % config.save_every == 0 and step < steps:
                     optimizer_tensors, optimizer_state = pack_optimizer(optimizer, "optimizer")
@@ -162,6 +167,8 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
                         {"optimizer": optimizer_state, "before": before},
                     )
 
+        if not group.first:
+            return run.result()
         after = spread_of(model.score(shown, pad_id=encoder.pad_id, max_tokens=config.max_tokens))
         sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
         normal = model.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
@@ -185,7 +192,7 @@ def train_metarm(config: MetaRMConfig, out: Path, *, resume: bool = False, quiet
             },
         }
         run.finish(result)
-        return result
+        return run.result()
 
 
 def metarm_step(
@@ -196,8 +203,10 @@ def metarm_step(
     encoder: Encoder,
     config: MetaRMConfig,
     step: int,
+    group: Group = ALONE,
 ) -> tuple[Float[Tensor, "B 4"], Float[Tensor, "M K"], float]:
-    """The gradient of Algorithm 1 for these pairs and these prompts, whatever the grouping into micro-batches.
+    """The gradient of Algorithm 1 for these pairs and these prompts, whatever the grouping into micro-batches and the
+    number of processes.
 
     Returns, per pair, loss, weight, r(chosen), r(rejected) at theta'; the meta rewards at theta; the norm of grad J.
     Tensors are on the CPU.
@@ -206,22 +215,28 @@ def metarm_step(
     rewards = torch.zeros(len(meta), config.k, device=model.device)
     norm = meta_step(
         model,
-        lambda: difference_losses(model, meta, encoder, config, rewards),
-        lambda: preference_losses(model, pairs, trees, encoder, config, seen),
+        lambda: difference_losses(model, meta, encoder, config, rewards, group),
+        lambda: preference_losses(model, pairs, trees, encoder, config, seen, group),
         config.eta,
         direction=config.direction,
         seed=(config.seed * 1_000_003 + step) % (1 << 63),
+        reduce=group.sum_ if group.size > 1 else None,
     )
+    for shared in (seen, rewards):
+        group.sum_(shared)
     return seen.cpu(), rewards.cpu(), norm
 
 
 def difference_losses(
-    model: RewardModel, trees: Sequence[Tree], encoder: Encoder, config: MetaRMConfig, rewards_BK: Tensor
+    model: RewardModel, trees: Sequence[Tree], encoder: Encoder, config: MetaRMConfig, rewards_BK: Tensor, group: Group
 ) -> Iterator[Tensor]:
-    """J of the prompts, their mean, in shares of one micro-batch each; writes the rewards into `rewards_BK`."""
-    for group in pack([len(t) for t in trees], config.max_tokens):
-        rewards = model(collate([trees[i] for i in group], encoder.pad_id, model.device))
-        rewards_BK[group] = rewards.detach()
+    """J of the prompts, their mean, in shares of one micro-batch each; writes the rewards into `rewards_BK`.
+
+    In a group, what this process computes of it.
+    """
+    for micro in shared_out(trees, config.max_tokens, group):
+        rewards = model(collate([trees[i] for i in micro], encoder.pad_id, model.device))
+        rewards_BK[micro] = rewards.detach()
         yield difference_loss(rewards, normalisation=config.normalisation).sum() / len(trees)
 
 
@@ -232,19 +247,21 @@ def preference_losses(
     encoder: Encoder,
     config: MetaRMConfig,
     seen_B4: Tensor,
+    group: Group,
 ) -> Iterator[Tensor]:
     """L of the pairs, their weighted mean, in shares of one micro-batch each.
 
     Writes loss, weight, r(chosen), r(rejected) of each pair into `seen_B4`. Pairs that weigh nothing yield nothing.
+    In a group, what this process computes of it.
     """
     total = sum(p.weight for p in pairs)
     if total == 0:
         return
-    for group in pack([len(t) for t in trees], config.max_tokens):
-        rewards = model(collate([trees[i] for i in group], encoder.pad_id, model.device))
-        loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
-        weight = torch.tensor([pairs[i].weight for i in group], device=model.device)
-        seen_B4[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
+    for micro in shared_out(trees, config.max_tokens, group):
+        rewards = model(collate([trees[i] for i in micro], encoder.pad_id, model.device))
+        loss = pair_losses(rewards, [pairs[i] for i in micro], config.margin_in_flip)
+        weight = torch.tensor([pairs[i].weight for i in micro], device=model.device)
+        seen_B4[micro] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
         yield (loss * weight).sum() / total
 
 

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steelyard.data.collate import pack
 from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.errors import InputError
+from steelyard.group import Group
 from steelyard.losses.preference import bradley_terry
 from steelyard.models.reward import RewardModel
 from steelyard.types import Preference
@@ -47,6 +49,13 @@ def pair_losses(rewards: Float[Tensor, "n 2"], pairs: Sequence[Preference], marg
         flip_prob=torch.tensor([p.flip_prob for p in pairs], device=rewards.device),
         margin_in_flip=margin_in_flip,
     )
+
+
+def shared_out(trees: Sequence[Tree], max_tokens: int, group: Group) -> list[list[int]]:
+    """Micro-batches of at most `max_tokens` tokens, as indices, of the trees that this process computes."""
+    # By falling length in turn, so that no process gets all the long ones.
+    mine = group.share(sorted(range(len(trees)), key=lambda i: (-len(trees[i]), i)))
+    return [[mine[i] for i in micro] for micro in pack([len(trees[i]) for i in mine], max_tokens)]
 
 
 def freeze_below(model: RewardModel, trainable_layers: int | None) -> None:

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config, Device
-from steelyard.data.collate import collate, pack
+from steelyard.data.collate import collate
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid
+from steelyard.errors import InputError
 from steelyard.evaluate.reward import reward_metrics, wins
+from steelyard.group import ALONE, Group, GroupRun
 from steelyard.models.cache import TrunkCache, lower_layers
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
-from steelyard.run_dir import RunDir
 from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
 from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
-from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs
+from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs, shared_out
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
@@ -111,14 +112,17 @@ def train_reward(
     quiet: bool = False,
     rows: Sequence[int] | None = None,
     normal: bool = True,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
+    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result (in a group, the first
+    process's).
 
     `rows` restricts the training data to these rows of the file's usable pairs (an ensemble's folds). Without `normal`
     the reward's mean and std are not measured, for who only compares raw rewards: that scores up to 512 pairs again.
     """
-    run = RunDir.open(out, config, resume=resume)
-    with run:
+    require_shares(config, group)
+    quiet = quiet or not group.first
+    with GroupRun(group, out, config, resume=resume) as run:
         if run.finished:
             return run.result()
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
@@ -154,7 +158,7 @@ def train_reward(
                 set_rate(optimizer, config.optim.rate(step - 1, steps))
                 batch = [pairs[i] for i in chosen], [trees[i] for i in chosen]
                 if config.contrastive.method is None:
-                    seen = reward_step(model, *batch, encoder, config, cache)
+                    seen = reward_step(model, *batch, encoder, config, cache, group)
                 else:
                     seen = contrastive_step(model, *batch, encoder, config, step=step, prototypes=prototypes)
                 nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
@@ -167,7 +171,7 @@ def train_reward(
                     run.time(step, {"tokens_per_second": size / (time.perf_counter() - began)})
                     window = []
                 progress.update(step, tokens=size, loss=_mean_loss(seen))
-                if held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
+                if group.first and held_out and config.eval_every and (step % config.eval_every == 0 or step == steps):
                     run.log(step, _examine(scorer, held_out, encoder, config.max_tokens))
                 if step % config.save_every == 0 and step < steps:
                     optimizer_tensors, optimizer_state = pack_optimizer(optimizer, "optimizer")
@@ -178,6 +182,8 @@ def train_reward(
                         tensors["prototypes"] = prototypes.detach()
                     run.save(step, tensors, {"optimizer": optimizer_state})
 
+        if not group.first:
+            return run.result()
         if normal:
             sample = trees[:: -(-len(trees) // NORMAL_PAIRS)]
             rewards = scorer.score(sample, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
@@ -194,7 +200,7 @@ def train_reward(
         if config.contrastive.method is not None:
             result["contrastive"] = config.contrastive.numbers()
         run.finish(result)
-        return result
+        return run.result()
 
 
 def reward_step(
@@ -204,8 +210,10 @@ def reward_step(
     encoder: Encoder,
     config: RewardConfig,
     cache: TrunkCache | None = None,
+    group: Group = ALONE,
 ) -> Float[Tensor, "B 4"]:
-    """Accumulate the gradient of the batch's weighted mean loss, whatever the grouping into micro-batches.
+    """Accumulate the gradient of the batch's weighted mean loss, whatever the grouping into micro-batches and
+    the number of processes.
 
     With a `cache` the outputs of the frozen layers are read from it.
 
@@ -215,17 +223,33 @@ def reward_step(
     seen = torch.zeros(len(pairs), 4, device=model.device)
     if total == 0:
         return seen.cpu()
-    for group in pack([len(t) for t in trees], config.max_tokens):
-        micro = [trees[i] for i in group]
+    for micro in shared_out(trees, config.max_tokens, group):
+        inside = [trees[i] for i in micro]
         if cache is None:
-            rewards = model(collate(micro, encoder.pad_id, model.device))
+            rewards = model(collate(inside, encoder.pad_id, model.device))
         else:
-            rewards = cache.rewards(micro, pad_id=encoder.pad_id)
-        loss = pair_losses(rewards, [pairs[i] for i in group], config.margin_in_flip)
-        weight = torch.tensor([pairs[i].weight for i in group], device=model.device)
+            rewards = cache.rewards(inside, pad_id=encoder.pad_id)
+        loss = pair_losses(rewards, [pairs[i] for i in micro], config.margin_in_flip)
+        weight = torch.tensor([pairs[i].weight for i in micro], device=model.device)
         ((loss * weight).sum() / total).backward()
-        seen[group] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
+        seen[micro] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
+    group.sum_gradients([p for p in model.parameters() if p.requires_grad])
+    group.sum_(seen)
     return seen.cpu()
+
+
+def require_shares(config: RewardConfig, group: Group) -> None:
+    """Raise InputError if several processes cannot share the batches of this training."""
+    if group.size > 1 and config.contrastive.method is not None:
+        raise InputError(
+            f"contrastive.method = {config.contrastive.method} cannot be trained by {group.size} processes: each pair "
+            "is contrasted with all others of its batch; start it without torchrun"
+        )
+    if group.size > 1 and config.activation_cache is not None:
+        raise InputError(
+            f"activation_cache is kept by one process, but torchrun started {group.size}: leave it out, or start "
+            "without torchrun"
+        )
 
 
 def open_cache(
