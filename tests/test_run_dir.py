@@ -48,6 +48,16 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> 
     RunDir.open(path, Settings(), resume=True).close()
 
 
+def test_a_run_of_an_older_version_goes_on_where_newer_settings_keep_their_defaults(tmp_path: Path) -> None:
+    RunDir.open(tmp_path, Settings(lr=0.3), resume=False).close()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["name"], stored["inner"]["sizes"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    RunDir.open(tmp_path, Settings(lr=0.3), resume=True).close()
+    with pytest.raises(InputError, match='name: stored "x", given "y"'):
+        RunDir.open(tmp_path, Settings(lr=0.3, name="y"), resume=True)
+
+
 def test_resume_begins_a_run_where_there_is_none(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, Settings(), resume=True) as run:
         run.log(1, {"a": 1.0})

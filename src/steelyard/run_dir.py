@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from steelyard.errors import InputError
 
@@ -347,7 +347,7 @@ def _check_folder(path: Path, config: BaseModel, resume: bool) -> bool:
         raise InputError(f"{path} already holds a run: continue it with --resume, or use another folder")
     # Through JSON and back, so that both sides have been written and read the same way.
     given = dict(_leaves(json.loads(json.dumps(config.model_dump(mode="json")))))
-    before = dict(_leaves(_read_json(stored)))
+    before = dict(_leaves(_with_newer_fields(_read_json(stored), type(config))))
     lines = [
         f"  {name}: stored {before.get(name, '(absent)')}, given {given.get(name, '(absent)')}"
         for name in sorted(before.keys() | given.keys())
@@ -360,6 +360,17 @@ def _check_folder(path: Path, config: BaseModel, resume: bool) -> bool:
             + "\nGive the stored values, or use another folder."
         )
     return True
+
+
+def _with_newer_fields(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Settings of an older version with the fields it had not, at their defaults: what it did without them.
+
+    As they are where they no longer validate; the comparison then says why.
+    """
+    try:
+        return kind.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
