@@ -77,12 +77,15 @@ class ContrastiveStudy(Config):
 
 
 def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Train and examine every arm with every seed; returns the findings (also in study.json)."""
+    """Train and examine every arm with every seed; returns the findings (also in study.json)
+
+    Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
+    """
     recipe = _recipe(study)
     require_arms(study.arms, study.control, study.seeds)
     for arm in study.arms:
         reward_config(study, arm, study.seeds[0], data="", model="", validation={})
-    folder = StudyFolder(out, study, resume=resume, command=command)
+    folder = StudyFolder(out, study, resume=resume, command=command, growing=("arms",))
     files = folder.stage("data", lambda: _prepare(study, recipe, out))
     model = folder.stage("SFT", lambda: sft(recipe, files, out))
     folder.stage("reward models", lambda: _reward_models(study, files, model, out))

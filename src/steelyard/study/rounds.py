@@ -74,7 +74,10 @@ def places(out: Path, arm: str, seed: int) -> Path:
 
 
 def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Every arm with every seed through all rounds; returns the findings (also in study.json)."""
+    """Every arm with every seed through all rounds; returns the findings (also in study.json)
+
+    Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
+    """
     shared = {name: getattr(study, name) for name in ("name", "world", "model", "sft", "workers", "threads")}
     recipe = Recipe(seed=study.world_seed, **shared)
     check(recipe)
@@ -86,7 +89,7 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
         except InputError as error:
             raise InputError(f"arms.{arm}: {error}") from None
     first_config(study, study.seeds[0], model="", files=None)
-    folder = StudyFolder(out, study, resume=resume, command=command)
+    folder = StudyFolder(out, study, resume=resume, command=command, growing=("arms",))
     files = folder.stage("data", lambda: prepare(recipe, out))
     model = folder.stage("SFT", lambda: sft(recipe, files, out))
     folder.stage("first reward models", lambda: _first(study, model, files, out))
