@@ -170,9 +170,20 @@ class TestResume:
         assert {p: p.stat().st_mtime_ns for p in before} == before
         assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 4
 
+    def test_gets_another_arm_and_trains_only_that(self, tmp_path: Path) -> None:
+        study = ContrastiveStudy(**TINY | {"arms": {"control": ARMS["control"]}, "seeds": [3]})
+        run_contrastive(study, tmp_path)
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("examined/*/*.json")}
+        again = run_contrastive(
+            study.model_copy(update={"arms": {"control": ARMS["control"], "plain": {}}}), tmp_path, resume=True
+        )
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 2
+        assert {row["arm"] for row in again["accuracy"]} == {"control", "plain"}
+
     def test_refuses_other_settings(self, done: Path) -> None:
-        with pytest.raises(InputError, match="other settings of "):
-            run_contrastive(ContrastiveStudy(**TINY), done, resume=True)
+        with pytest.raises(InputError, match="other settings of world_seed"):
+            run_contrastive(ContrastiveStudy(**TINY | {"world_seed": 9}), done, resume=True)
 
 
 class TestRefusals:

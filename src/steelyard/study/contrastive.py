@@ -77,7 +77,7 @@ class ContrastiveStudy(Config):
 
 
 def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Train and examine every arm with every seed; returns the findings (also in study.json)
+    """Train and examine every arm with every seed; returns the findings (also in study.json).
 
     Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
     """

@@ -74,7 +74,7 @@ def places(out: Path, arm: str, seed: int) -> Path:
 
 
 def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Every arm with every seed through all rounds; returns the findings (also in study.json)
+    """Every arm with every seed through all rounds; returns the findings (also in study.json).
 
     Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
     """
