@@ -611,6 +611,14 @@ def test_thin_averages_equal_runs_and_keeps_short_lines() -> None:
     assert x.tolist() == [1.0, 3.0]
 
 
+def test_a_long_line_keeps_its_band() -> None:
+    x, y, low = thin(range(4), [1, 2, 3, 5], [0, float("nan"), 2, 4], limit=3)
+    assert (x.tolist(), y.tolist(), low.tolist()) == ([0, 2, 3], [1, 3, 5], [0, 2, 4])
+    values = list(range(1000))
+    svg = lines("x", [Series(values, values, arm_styles(["plain"])["plain"], values, values)], "step", "y")
+    assert "var(--c0)" in svg
+
+
 def test_plots_take_the_colours_of_the_page() -> None:
     svg = lines("x", [Series([1, 2], [3, 4], arm_styles(["plain"])["plain"])], "step", "a < b & $c$")
     assert "var(--c0)" in svg

@@ -187,6 +187,11 @@ def count(value: Any) -> str:
     return text.replace(",", _NARROW).replace("-", "−")
 
 
+def seeds_of(seeds: Sequence[int]) -> str:
+    """How many seeds, in words: `1 seed`, `5 seeds`."""
+    return f"{len(seeds)} seed{'s' * (len(seeds) != 1)}"
+
+
 def percent(value: float | None, places: int = 1) -> str:
     """A share as per cent."""
     return MISSING if value is None or not math.isfinite(value) else f"{decimals(places)(100 * value)}\u00a0%"

@@ -85,16 +85,18 @@ class Series:
     high: Values | None = None
 
 
-def thin(x: Values, y: Values, limit: int = _LIMIT) -> tuple[Floats, Floats]:
-    """At most `limit` points: means of equal runs of neighbours. What is not finite is left out."""
-    xs, ys = _array(x), _array(y)
-    finite = np.isfinite(xs) & np.isfinite(ys)
-    xs, ys = xs[finite], ys[finite]
-    if len(xs) <= limit:
-        return xs, ys
-    edges = np.linspace(0, len(xs), limit + 1).astype(int)[:-1]
-    sizes = np.diff(np.append(edges, len(xs)))
-    return np.add.reduceat(xs, edges) / sizes, np.add.reduceat(ys, edges) / sizes
+def thin(x: Values, *ys: Values, limit: int = _LIMIT) -> tuple[Floats, ...]:
+    """x and every y at no more than `limit` points: means of equal runs of neighbours.
+
+    Points at which any of them is not finite are left out.
+    """
+    columns = np.stack([_array(v) for v in (x, *ys)])
+    columns = columns[:, np.isfinite(columns).all(0)]
+    n = columns.shape[1]
+    if n > limit:
+        edges = np.linspace(0, n, limit + 1).astype(int)[:-1]
+        columns = np.add.reduceat(columns, edges, axis=1) / np.diff(np.append(edges, n))
+    return tuple(columns)
 
 
 def lines(
@@ -119,10 +121,11 @@ def lines(
         if diagonal:
             axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, dashes=(3, 2))
         for one in series:
-            x, y = thin(one.x, one.y)
+            band = () if one.low is None or one.high is None else (one.low, one.high)
+            x, y, *band_xy = thin(one.x, one.y, *band)
             colour = _PALETTE[one.style.colour]
-            if one.low is not None and one.high is not None:
-                axes.fill_between(x, _array(one.low), _array(one.high), color=colour, alpha=0.18, linewidth=0)
+            if band_xy:
+                axes.fill_between(x, *band_xy, color=colour, alpha=0.18, linewidth=0)
             (line,) = axes.plot(x, y, color=colour, marker=one.style.marker, markeredgecolor=_PAPER, zorder=3)
             line.set_markeredgewidth(0.6)
             line.set_markevery(None if marks or len(x) < 2 else [len(x) - 1])

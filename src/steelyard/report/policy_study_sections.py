@@ -20,6 +20,7 @@ from steelyard.report.blocks import (
     decimals,
     interval,
     percent,
+    seeds_of,
     series_style,
     table,
 )
@@ -50,7 +51,7 @@ def policy_study_section(run: Run) -> Section | None:
         blocks += _differences(study, kind, title)
     blocks += [*_wins(study), *_strata(study), *theory_blocks(study), _rewards(study), *_failures(study)]
     intro = (
-        f"Policies trained on the small world's noisy labels, {len(study.seeds)} seeds: each has its own label noise, "
+        f"Policies trained on the small world's noisy labels, {seeds_of(study.seeds)}: each has its own label noise, "
         "SFT model, reward models, baselines and order; prompts and texts are shared. Gold is the world's true "
         "reward, proxy the reward model's score; both on held-out prompts. Bars and brackets are 95 % intervals over "
         "seeds and prompts. Differences at equal distance compare arms where each first is that far from the SFT "

@@ -18,6 +18,7 @@ from steelyard.report.blocks import (
     decimals,
     interval,
     percent,
+    seeds_of,
     series_style,
     table,
 )
@@ -176,7 +177,7 @@ def rounds_study_section(run: Run, styles: Styles) -> Section | None:
     ]  # fmt: skip
     intro = (
         f"Every arm goes through the same rounds from the same SFT model and the same first reward models, "
-        f"{len(study.seeds)} seeds; arms differ in what becomes of the reward model between rounds. Round 0 is the SFT "
+        f"{seeds_of(study.seeds)}; arms differ in what becomes of the reward model between rounds. Round 0 is the SFT "
         f"model. Differences are to “{study.control}”, on the same prompts and seeds."
     )
     return Section("rounds-study", "Rounds, over seeds", intro, blocks)

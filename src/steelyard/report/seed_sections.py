@@ -16,6 +16,7 @@ from steelyard.report.blocks import (
     decimals,
     interval,
     percent,
+    seeds_of,
     table,
 )
 from steelyard.report.feature_sections import MEASURES
@@ -53,7 +54,7 @@ def contrastive_section(run: Run, styles: Styles) -> Section | None:
     sets = sorted({c.metric for c in study.curves if c.metric.startswith("validation/")})
     blocks += seed_curves(study.curves, styles, {m: f"Set: {m.split('/')[1]}" for m in sets}, "Accuracy while training")
     intro = (
-        f"SimCSE and SwAV beside the reward loss, {len(study.seeds)} seeds. “{study.control}” has the same dropout and "
+        f"SimCSE and SwAV beside the reward loss, {seeds_of(study.seeds)}. “{study.control}” has the same dropout and "
         "the same doubled forward with beta = 0: what differs from it is the contrastive term's doing, what differs "
         "from plain training alone may be the dropout's."
     )
@@ -80,7 +81,7 @@ def metarm_section(run: Run, styles: Styles) -> Section | None:
     blocks += seed_curves(study.curves, styles, names | {"train/loss": "Training loss"})
     intro = (
         f"Reward models that look at the preferences from where a shifted policy's {study.k or 'k'} responses to a "
-        f"prompt differ more, {len(study.seeds)} seeds. “{study.control}” is the same code without the meta step; the "
+        f"prompt differ more, {seeds_of(study.seeds)}. “{study.control}” is the same code without the meta step; the "
         "other controls step in a random direction of the same norm, or on responses of the unmoved policy."
     )
     return Section("metarm", "MetaRM", intro, blocks)

@@ -19,6 +19,7 @@ from steelyard.report.blocks import (
     duration,
     interval,
     percent,
+    seeds_of,
     series_style,
     table,
 )
@@ -39,7 +40,7 @@ def strength_study_section(run: Run) -> Section | None:
         blocks.append(_between(study))
     intro = (
         f"Ensembles of several kinds weigh {count(study.pairs)} pairs, of which {count(study.wrong)} are known to be "
-        f"wrong, with {len(study.seeds)} seeds. An ensemble is trained once with its largest number of members; "
+        f"wrong, with {seeds_of(study.seeds)}. An ensemble is trained once with its largest number of members; "
         f"smaller ones are its first members. {study.confident_note}"
     )
     return Section("strength-study", "Quality and cost of strength", intro.strip(), blocks)

@@ -18,6 +18,7 @@ from steelyard.report.blocks import (
     duration,
     interval,
     percent,
+    seeds_of,
     series_style,
     table,
 )
@@ -81,7 +82,7 @@ def kinds_section(run: Run) -> Section | None:
 def _compute_words(study: DataStudyFile) -> str:
     weak = [s for s in study.sets if s.unit != "prompts"]
     text = (
-        f"{count(study.pairs)} training pairs, strength {study.scoring}, {len(study.seeds)} seeds. Equal compute: "
+        f"{count(study.pairs)} training pairs, strength {study.scoring}, {seeds_of(study.seeds)}. Equal compute: "
         "within an analysis every model takes the same number of steps of the same number of pairs, so small sets are "
         "seen more often. Learning rate and batch are those of the study file; the study itself chooses none."
     )
