@@ -32,7 +32,7 @@ test: check
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: check
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow or not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow or not slow' --timeout 1800
 
 format: setup
 	$(BIN)/ruff check --fix .
