@@ -15,7 +15,7 @@ import torch
 from conftest import Folders
 from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.errors import InputError
-from steelyard.group import ALONE, Group, started
+from steelyard.group import ALONE, Group, joined, started
 from steelyard.models.reward import RewardModel
 from steelyard.sampling.settings import SamplingConfig
 from steelyard.train.metarm import MetaRMConfig, train_metarm
@@ -106,6 +106,12 @@ def test_other_stages_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert started() == 2
     assert main(["train", "sft", "--data", "d", "--model", "m", "--out", os.devnull]) == 2
     assert "runs in one process" in capsys.readouterr().err
+
+
+def test_one_gpu_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="names one GPU for 2 processes"), joined("cuda:1"):
+        pass
 
 
 def test_alone_nothing_is_shared() -> None:

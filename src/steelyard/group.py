@@ -75,12 +75,17 @@ ALONE = Group()
 def joined(device: str = "cpu") -> Iterator[Group]:
     """The group that `torchrun` started this process in, or a group of one.
 
-    gloo on CPUs; on GPUs nccl, each process on the GPU of its local rank.
+    gloo on CPUs; on GPUs nccl, each process on the GPU of its local rank. Raises InputError if `device` names one GPU
+    for all of several processes.
     """
     size = started()
     if size == 1:
         yield ALONE
         return
+    if ":" in device:
+        raise InputError(
+            f"device = {device} names one GPU for {size} processes; with device = cuda each takes the one of its local rank"
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
