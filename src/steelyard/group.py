@@ -84,7 +84,7 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         return
     if ":" in device:
         raise InputError(
-            f"device = {device} names one GPU for {size} processes; with device = cuda each takes the one of its local rank"
+            f"device = {device} names one GPU for {size} processes; with device = cuda each has its own"
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
