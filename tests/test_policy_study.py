@@ -34,6 +34,7 @@ from steelyard.study.policy_curves import (
 from steelyard.study.policy_jobs import Exam, load_arrays
 from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
 from steelyard.study.policy_runs import value_row
+from steelyard.study.policy_tables import comparisons
 from steelyard.variance import variances
 
 OPTIM = {"lr": 3e-3}
@@ -212,6 +213,18 @@ class TestGrid:
             control = control_of(wide, Cell(*NOISY, "contrastive", weight), grid)
             assert control == Cell(*NOISY, "plain", weight)
         assert control_of(wide, Cell(*NOISY, "DPO", None), grid) == Cell(*NOISY, "plain", 0.05)
+
+    def test_what_is_compared_where_plain_has_other_kl_weights(self) -> None:
+        cells = [*TINY["cells"], {"noise": "systematic", "rate": 0.2, "arm": "plain", "kl_coef": [0, 0.2]}]
+        wide, data = study(cells=cells), ("systematic 20 %", "none")
+        found = [(kind, a, b) for kind, a, b in comparisons(wide, wide.grid()) if a.data == data == b.data]
+        plain = {w: Cell(*NOISY, "plain", w) for w in (0, 0.05, 0.2)}
+        weights = [(a, b) for kind, a, b in found if kind == "KL weight"]
+        assert weights == [(plain[0], plain[0.05]), (plain[0.2], plain[0.05])]
+        heavier = [(a, b) for kind, a, b in found if kind == "arm, heavier KL"]
+        arms = {c.arm for c in wide.grid() if c.data == data} - {"plain", "DPO"}
+        assert {a.arm for a, _ in heavier} == arms
+        assert {b for _, b in heavier} == {plain[0.2]}
 
     def test_the_kl_penalty_is_scaled_like_the_reward(self) -> None:
         def config(arm: dict[str, Any], weight: float) -> Any:

@@ -83,9 +83,7 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         yield ALONE
         return
     if ":" in device:
-        raise InputError(
-            f"device = {device} names one GPU for {size} processes; with device = cuda each has its own"
-        )
+        raise InputError(f"device = {device} names one GPU for {size} processes; with device = cuda each has its own")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")

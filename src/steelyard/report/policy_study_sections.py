@@ -32,11 +32,13 @@ from steelyard.report.study_records import Difference
 
 _AXIS = "√KL to the SFT model, √nats"
 _CELL = (("labels", None), ("repair", None), ("arm", None), ("KL weight", None))
+HEAVIER = "arm, heavier KL"
 _KINDS = {
     "recommended": "Recommended settings against plain PPO on the labels as they are",
     "arm": "Arms against plain PPO with the same labels, repair and KL weight",
     "repair": "Repaired labels against labels as they are, same arm and KL weight",
-    "KL penalty": "Without against with KL penalty, same labels, repair and arm",
+    "KL weight": "Another KL weight against the study's own, same labels, repair and arm",
+    HEAVIER: "Arms against plain PPO with a heavier KL penalty, same labels and repair",
 }
 END, COMMON = "end of the run", "greatest KL that both reached"
 
@@ -186,8 +188,9 @@ def _differences(study: PolicyStudyFile, kind: str, title: str) -> list[Block]:
         by_cell.setdefault((*_cell(d), *_cell(d.against)), {})[d.at] = d
     rows = []
     for key, found in by_cell.items():
-        rows.append((*key[:4], *(_short(found.get(p), len(study.seeds)) for p in places)))
-    columns = [*_CELL, *((p, str) for p in places)]
+        named = (*key[:4], key[-1]) if kind == HEAVIER else key[:4]
+        rows.append((*named, *(_short(found.get(p), len(study.seeds)) for p in places)))
+    columns = [*_CELL, *([("plain's KL weight", None)] if kind == HEAVIER else []), *((p, str) for p in places)]
     note = (
         "Gold reward, paired by seed, prompt and random numbers. In brackets after it: seeds, where not all reached it."
     )
@@ -208,7 +211,8 @@ def _brief(d: CellDifference, usual: float) -> str:
     """A cell in few words: there is little room beside a plot."""
     repaired = "" if d.repair == "none" else f" on {d.repair}"
     weight = "" if d.kl_coef in (None, usual) else f", KL {d.weight}"
-    return f"{d.world}: {d.arm}{repaired}{weight}"
+    held = f" / plain, KL {d.against.weight}" if d.kind == HEAVIER else ""
+    return f"{d.world}: {d.arm}{repaired}{weight}{held}"
 
 
 def _short(d: CellDifference | None, seeds: int) -> str | None:

@@ -21,6 +21,7 @@ from steelyard.study.policy_runs import Array, Row, Run, Runs, examined, named, 
 from steelyard.study.policy_variance import correlations, curves, speeds, variance_rows
 
 END, COMMON = "end of the run", "greatest KL that both reached"
+HEAVIER = "arm, heavier KL"  # an arm against plain PPO with a heavier KL weight
 
 
 def examine_study(study: PolicyStudy, out: Path) -> dict[str, Any]:
@@ -105,8 +106,13 @@ def comparisons(study: PolicyStudy, grid: Sequence[Cell]) -> list[tuple[str, Cel
             alike = (other.world, other.arm) == (cell.world, cell.arm)
             if cell.repair != AS_LABELLED == other.repair and alike and other.kl_coef == cell.kl_coef:
                 found.append(("repair", cell, other))
-            if alike and other.repair == cell.repair and cell.kl_coef == 0 and other.kl_coef == study.kl_coef != 0:
-                found.append(("KL penalty", cell, other))
+            if cell.kl_coef is None or other.kl_coef is None or other.data != cell.data:
+                continue
+            if other.arm == cell.arm and cell.kl_coef != other.kl_coef == study.kl_coef:
+                found.append(("KL weight", cell, other))
+            # An arm that moves less may gain by that alone: plain PPO that is held back is its control.
+            if other.arm == PLAIN != cell.arm and cell.kl_coef == study.kl_coef < other.kl_coef:
+                found.append((HEAVIER, cell, other))
         base = next((c for c in grid if _usual(c, study) and c.world == cell.world), None)
         if study.main == (cell.repair, cell.arm, cell.kl_coef) and base is not None and base != cell:
             found.append(("recommended", cell, base))
@@ -215,12 +221,15 @@ def summary_tables(found: dict[str, Any]) -> list[Row]:
     def text(row: Row) -> str:
         return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
+    def what(row: Row) -> str:
+        return f"{row['kind']} of {row['against']['kl_coef']:g}" if row["kind"] == HEAVIER else row["kind"]
+
     ending = [
         [*cell(r), text(r["gold"]), text(r["proxy"]), f"{r['kl']:.2f}", f"{r['length']:.1f}", text(r["lost"])]
         for r in found["ends"]
     ]
     compared = [
-        [*cell(r), r["kind"], r["at"], text(r), f"{sum(s > 0 for s in r['seeds'])} of {r['n_seeds']}"]
+        [*cell(r), what(r), r["at"], text(r), f"{sum(s > 0 for s in r['seeds'])} of {r['n_seeds']}"]
         for r in found["differences"]
         if r["at"] in (END, COMMON)
     ]
