@@ -51,7 +51,7 @@ class Gate:
 
     def open(self, **about: Any) -> None:
         """Say that everything is loaded, with facts for the record, and wait for the first round."""
-        self._reply({**about, "peak_bytes": self._peak()})
+        self._reply({**about, "peak_bytes": self._peak_bytes()})
         self._wait()
 
     def step(self, loss: float, tokens: int) -> None:
@@ -68,12 +68,12 @@ class Gate:
                     "cpu_seconds": time.process_time() - self._cpu,
                     "losses": self._losses,
                     "tokens": self._tokens,
-                    "peak_bytes": self._peak(),
+                    "peak_bytes": self._peak_bytes(),
                 }
             )
             self._wait()
 
-    def _peak(self) -> int:
+    def _peak_bytes(self) -> int:
         return int(self._cuda.max_memory_allocated()) if self._cuda else peak_bytes()
 
     def _reply(self, message: Mapping[str, Any]) -> None:
