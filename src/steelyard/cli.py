@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine one says it
             print(f"steelyard {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from steelyard.errors import InputError
 from steelyard.run_dir import RunDir
@@ -43,21 +43,6 @@ class Group:
         """Sum over the processes, in place. The result is the same in all of them, bit for bit."""
         if self.size > 1:
             torch.distributed.all_reduce(x)
-
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients over the processes; one that had nothing to compute takes part too.
-
-        A parameter for which no process has a gradient gets none.
-        """
-        if self.size == 1 or not parameters:
-            return
-        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-        self.sum_(used)
-        for p, anywhere in zip(parameters, used.tolist(), strict=True):
-            if anywhere:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                self.sum_(p.grad)
 
     def told(self, value: T) -> T:
         """The first process's value, in all of them."""

@@ -125,10 +125,17 @@ def _accumulate(
 ) -> None:
     for loss in losses:
         loss.backward()
-    if reduce is None or not parameters:
+    if reduce is not None:
+        reduce_gradients(parameters, reduce)
+
+
+def reduce_gradients(parameters: Sequence[nn.Parameter], reduce: Callable[[Tensor], None]) -> None:
+    """Sum the gradients over several processes; one that had no examples takes part too.
+
+    What none has a gradient for, none gets one for. `reduce` sums a tensor over all of them, in place.
+    """
+    if not parameters:
         return
-    # All processes must take part in the same sums, one that had no examples too; what none has a gradient for, none
-    # gets one for.
     used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     reduce(used)
     for p, anywhere in zip(parameters, used.tolist(), strict=True):

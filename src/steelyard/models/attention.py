@@ -163,11 +163,12 @@ def _block_mask(batch: TreeBatch, read: bool) -> Any:
 
     if read not in _latest or _latest[read][0] is not batch:
         tree, branch, T = batch.tree_T, batch.branch_T, batch.tokens
-        place = batch.read_n if read else torch.arange(T, device=tree.device)
+        place = batch.read_n
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            q = place[q]
+            q = place[q] if read else q
             return (k <= q) & (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
 
-        _latest[read] = batch, create_block_mask(sees, None, None, len(place), T, device=str(tree.device))
+        queries = len(place) if read else T
+        _latest[read] = batch, create_block_mask(sees, None, None, queries, T, device=str(tree.device))
     return _latest[read][1]

@@ -24,6 +24,7 @@ from steelyard.data.load import OnInvalid
 from steelyard.errors import InputError
 from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.group import ALONE, Group, GroupRun
+from steelyard.losses.meta import reduce_gradients
 from steelyard.models.cache import TrunkCache, lower_layers
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
@@ -233,7 +234,8 @@ def reward_step(
         weight = torch.tensor([pairs[i].weight for i in micro], device=model.device)
         ((loss * weight).sum() / total).backward()
         seen[micro] = torch.stack([loss.detach(), weight, *rewards.detach().T], 1)
-    group.sum_gradients([p for p in model.parameters() if p.requires_grad])
+    if group.size > 1:
+        reduce_gradients([p for p in model.parameters() if p.requires_grad], group.sum_)
     group.sum_(seen)
     return seen.cpu()
 
