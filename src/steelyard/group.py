@@ -142,10 +142,10 @@ class GroupRun:
             self._run.__exit__(*error)
 
 
-def require_one_process(what: str) -> None:
-    """Raise InputError if several processes were started together for what only one can do."""
+def require_one_process() -> None:
+    """Raise InputError if several processes were started together, for what only one can do."""
     if started() > 1:
         raise InputError(
-            f"{what} runs in one process, but torchrun started {started()}: start it without torchrun (`train reward` "
+            f"this runs in one process, but torchrun started {started()}: start it without torchrun (`train reward` "
             "and `train metarm` can share their batches among processes)"
         )

@@ -32,7 +32,7 @@ def train(config_type: type[Config], function: Callable[..., dict[str, Any]], ve
             if not group.first:
                 return
         else:
-            require_one_process(f"steelyard {verb}")
+            require_one_process()
             result = function(config, extra.out, resume=extra.resume)
         print(json.dumps(result, indent=2))
         print(f"model: {extra.out / 'model'}")
