@@ -22,7 +22,17 @@ from steelyard.recipe import PolicyConfig, Recipe, baseline_config, evaluation_c
 from steelyard.run_dir import RunDir
 from steelyard.settings import checked, parse
 from steelyard.stages import build_reward
+from steelyard.study import contrastive, metarm, policy_config, strength
+from steelyard.study import rounds as study_rounds
+from steelyard.study.contrastive import ContrastiveStudy
+from steelyard.study.data import Input, plan_models
+from steelyard.study.data_config import DataStudy
+from steelyard.study.metarm import MetaRMStudy
+from steelyard.study.policy_config import PolicyStudy
+from steelyard.study.rounds import RoundsStudy
+from steelyard.study.strength import StrengthStudy
 from steelyard.train.reward import RewardConfig
+from steelyard.types import Preference, Strength
 
 PATHS = {"policy": "p", "reward_model": "r", "prompts": "x"}
 
@@ -107,6 +117,50 @@ class TestWhereItGoes:
             iterate._baselines(config, now), iterate._meta_sample(config, 1, "p"),
         ]  # fmt: skip
         assert [stage.device for stage in stages] == ["cuda", "cuda", "cuda", "cpu"]
+
+    def test_studies_fill_it_in(self, one_gpu: None, tmp_path: Path) -> None:
+        on, bare = {"device": "cuda"}, {"data": "", "model": ""}
+        contrasted = ContrastiveStudy(world={}, **on)
+        meta = MetaRMStudy(**on)
+        rounds = RoundsStudy(**on)
+        cells = [{"arm": ["plain", "DPO"]}]
+        policies = PolicyStudy(cells=cells, arms={"plain": {"reward": "plain"}, "DPO": {"method": "dpo"}}, **on)
+        plain, dpo = policies.grid()
+        strengths = StrengthStudy(world={}, **on)
+        told: dict[str, str] = {}
+        for name, configs in {
+            "contrastive": [contrastive.reward_config(contrasted, "plain", 0, validation={}, **bare)],
+            "metarm": [
+                *metarm.shift_configs(meta, model="", files=None, out=tmp_path),
+                *(metarm.config_of(meta, a, 0, validation={}, responses={}, **bare) for a in metarm.arms(meta)),
+            ],
+            "rounds": [
+                study_rounds.first_config(rounds, 0, model="", files=None),
+                *(study_rounds.rounds_config(rounds, arm, 0, model="", first="", files=None) for arm in rounds.arms),
+            ],
+            "policy": [
+                policy_config.ppo_config(
+                    policies, plain, 0, policy="", rewards=("r",), prompts="", baselines="", gold=None
+                ),
+                policy_config.dpo_config(policies, dpo, 0, **bare),
+                policy_config.baseline_config(policies, 0, policy="", prompts="", reward_model=""),
+                policy_config.evaluation_config(policies),
+                policy_config.recipe_of(policies, 0),
+            ],
+            "strength": [
+                strength.recipe_of(strengths, 0),
+                *(strength.config_of(strengths, kind, "in-sample", 0, **bare) for kind in strengths.backends),
+            ],
+        }.items():
+            told |= {f"{name}, {i}: {type(config).__name__}": config.device for i, config in enumerate(configs)}
+        assert set(told.values()) == {"cuda"}, told
+
+    def test_a_study_of_data_trains_where_it_says(self, one_gpu: None, tmp_path: Path) -> None:
+        study = DataStudy(world={}, device="cuda", analyses=["bands"], bands={"count": 2}, seeds=[0])
+        pairs = [Preference(str(i), f"q{i}", "a", "b") for i in range(80)]
+        strengths = [Strength(i / 40 - 1, 0.1, 1, 2, 0.5) for i in range(80)]
+        _, jobs = plan_models(study, Input(pairs, strengths, None, {"original": "v"}, "m", tmp_path, "in-sample"))
+        assert [job.config.device for job in jobs] == ["cuda", "cuda"]
 
     def test_jobs_on_a_gpu_run_one_by_one(self) -> None:
         assert default_workers("cuda") == default_workers("cuda:1") == 1

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.encode import Encoder
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -72,7 +72,10 @@ class ContrastiveStudy(Config):
     features_set: str | None = Field(
         None, description="validation set whose features are examined; none given: relabelled if there is one"
     )
-    workers: int | None = Field(None, ge=1, description="reward models trained side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="reward models trained side by side; none given: one per CPU, on a GPU one"
+    )
     threads: int = Field(1, ge=1, description="threads of each of them")
 
 
@@ -115,14 +118,16 @@ def reward_config(
         raise InputError(f"reward: {', '.join(sorted(fixed))} is the study's own; use `arms` and `seeds`")
     where = f"arms.{arm}: reward" if study.arms[arm] else "reward"
     filled = {"data": data, "model": model, "validation": validation, "seed": seed, "contrastive": study.arms[arm]}
-    return build(RewardConfig, where, study.reward, **filled)
+    return build(RewardConfig, where, {"device": study.device} | study.reward, **filled)
 
 
 def _recipe(study: ContrastiveStudy) -> Recipe:
     """The part that this study shares with a recipe: data and supervised fine-tuning."""
     if study.data is not None and study.data.validation is None:
         raise InputError("data.validation: the study compares reward models on held-out pairs; name their file")
-    shared = {name: getattr(study, name) for name in ("name", "world", "data", "model", "sft", "workers", "threads")}
+    shared = {
+        name: getattr(study, name) for name in ("name", "world", "data", "model", "sft", "device", "workers", "threads")
+    }
     recipe = Recipe(seed=study.world_seed, **shared)
     check(recipe)
     return recipe
@@ -152,7 +157,7 @@ def _reward_models(study: ContrastiveStudy, files: Files, model: str, out: Path)
     run_jobs(
         train_and_examine,
         jobs,
-        workers=min(len(jobs), study.workers or default_workers()),
+        workers=min(len(jobs), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}: trained and examined", flush=True),

@@ -124,7 +124,7 @@ def _train(study: DataStudy, jobs: Sequence[Job]) -> None:
         run_jobs(
             train_and_score,
             [(job,) for job in todo],
-            workers=min(len(todo), study.workers or default_workers()),
+            workers=min(len(todo), study.workers or default_workers(study.device)),
             threads=study.threads,
             labels=[job.label for job in todo],
             on_done=lambda i, _: print(f"  {todo[i].label}", flush=True),
@@ -142,7 +142,7 @@ def _average(study: DataStudy, plan: Plan, jobs: Sequence[Job]) -> None:
     run_jobs(
         average_and_score,
         todo,
-        workers=min(len(todo), study.workers or default_workers()),
+        workers=min(len(todo), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=[f"WARM, seed {seed}" for seed in plan.averages],
     )
@@ -259,7 +259,8 @@ class _Maker:
     def _config(self, data: str, filled: dict[str, Any]) -> RewardConfig:
         filled = {"model": self.start.model, "eval_every": None} | filled
         model = filled.pop("model")
-        return build(RewardConfig, "reward", self.study.reward | filled, data=data, model=model)
+        settings = {"device": self.study.device} | self.study.reward | filled
+        return build(RewardConfig, "reward", settings, data=data, model=model)
 
     def _written(self, data: DataSet) -> str:
         path = self.start.out / "sets" / f"{slug(data.name)}.jsonl"

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from steelyard.baselines import BaselineConfig, sample_baselines
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.evaluate.spread import examine_spread, histograms, read_responses, stack
@@ -63,7 +63,10 @@ class MetaRMStudy(Config):
     control_etas: tuple[float, ...] | None = Field(
         None, description="those at which the random and the unshifted control run; none given: all"
     )
-    workers: int | None = Field(None, ge=1, description="reward models trained side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="reward models trained side by side; none given: one per CPU, on a GPU one"
+    )
     threads: int = Field(1, ge=1, description="threads of each of them")
 
     @model_validator(mode="after")
@@ -98,7 +101,8 @@ def arms(study: MetaRMStudy) -> list[Arm]:
 
 def run_metarm(study: MetaRMStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Shift a policy, train and examine every arm with every seed; returns the findings (also in study.json)."""
-    shared = {name: getattr(study, name) for name in ("name", "world", "model", "sft", "workers", "threads")}
+    fields = ("name", "world", "model", "sft", "device", "workers", "threads")
+    shared = {name: getattr(study, name) for name in fields}
     recipe = Recipe(seed=study.world_seed, **shared)
     check(recipe)
     require_arms([arm.name for arm in arms(study)], CONTROL, study.seeds)
@@ -126,9 +130,10 @@ def shift_configs(study: MetaRMStudy, *, model: str, files: Files | None, out: P
     if seed in study.seeds:
         raise InputError(f"seeds: {seed} is that of the reward model that moves the policy; leave it out")
     data, prompts = ("", "") if files is None else (files.preferences, files.prompts)
-    reward = build(RewardConfig, "reward", study.reward, data=data, model=model, validation={}, seed=seed)
+    shared: Settings = {"device": study.device} | study.reward
+    reward = build(RewardConfig, "reward", shared, data=data, model=model, validation={}, seed=seed)
     filled = {"policy": model, "reward_model": str(out / "rm" / "of the shift" / "model"), "prompts": prompts}
-    settings = {"reward": "plain", "seed": study.world_seed} | study.ppo
+    settings = {"reward": "plain", "seed": study.world_seed, "device": study.device} | study.ppo
     optimise = build(PPOConfig, "ppo", settings, **filled, gold=GOLD)
     try:
         ppo.check(optimise)
@@ -156,7 +161,7 @@ def sample_all(study: MetaRMStudy, model: str, moved: str, files: Files, out: Pa
         for use, prompts in (("meta", files.prompts), ("held out", files.eval_prompts or files.prompts)):
             config = BaselineConfig(
                 policy=folder, prompts=prompts, k=study.k, sampling=study.sampling, max_length=length,
-                seed=study.world_seed,
+                seed=study.world_seed, device=study.device,
             )  # fmt: skip
             found[f"{name}, {use}"] = str(sample_baselines(config, out / "samples" / name))
     return found
@@ -170,7 +175,8 @@ def config_of(
     if fixed := {"seed", "contrastive", "eta", "direction", "k"} & {*study.reward, *study.meta}:
         raise InputError(f"reward and meta: {', '.join(sorted(fixed))}: the study decides; use its own fields, if any")
     filled = {"data": data, "model": model, "validation": validation, "seed": seed}
-    settings = {"batch_size": 16} | study.reward  # Both commands then have the same default, the paper's for MetaRM.
+    # Both commands then have the same default batch, the paper's for MetaRM.
+    settings: Settings = {"batch_size": 16, "device": study.device} | study.reward
     if arm.meta is None:
         return build(RewardConfig, "reward", settings, **filled)
     filled |= {
@@ -195,7 +201,7 @@ def _reward_models(study: MetaRMStudy, files: Files, model: str, responses: dict
     run_jobs(
         train_and_examine,
         jobs,
-        workers=min(len(jobs), study.workers or default_workers()),
+        workers=min(len(jobs), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}: trained and examined", flush=True),

@@ -91,7 +91,7 @@ def _each(study: PolicyStudy, work: Callable[..., Any], jobs: Sequence[Job], lab
     return run_jobs(
         work,
         jobs,
-        workers=min(len(jobs), study.workers or default_workers()),
+        workers=min(len(jobs), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}", flush=True),

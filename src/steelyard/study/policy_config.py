@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
@@ -113,7 +113,10 @@ class PolicyStudy(Config):
     evaluate: Settings = Field(default_factory=dict, description="how: fields of `steelyard evaluate policy`")
     at_kl: tuple[float, ...] = Field((1.0, 2.0, 4.0), description="distances (nats) at which arms are compared")
     recommended: Recommended | None = Field(None, description="settings set against plain PPO in the main figure")
-    workers: int | None = Field(None, ge=1, description="models trained side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="models trained side by side; none given: one per CPU, on a GPU one"
+    )
     threads: int = Field(1, ge=1, description="threads of each of them")
 
     def grid(self) -> list[Cell]:
@@ -171,7 +174,7 @@ def recipe_of(study: PolicyStudy, seed: int) -> Recipe:
     return Recipe(
         name=study.name, seed=seed, world={**study.world, "seed": study.world_seed, "noise": noise}, model=study.model,
         sft=study.sft, strength=study.strength, scorings=(study.scoring,), repair_from=study.scoring,
-        reward=study.reward, threads=study.threads,
+        reward=study.reward, device=study.device, threads=study.threads,
     )  # fmt: skip
 
 
@@ -213,13 +216,13 @@ def ppo_config(
     if setting("advantage") != "gae":
         idle |= ppo_settings.CRITIC_ONLY
     shared = {n: v for n, v in study.ppo.items() if n not in idle and n != "kl_coef"}
-    return build(PPOConfig, where, {"seed": seed} | shared | own, **fixed)
+    return build(PPOConfig, where, {"seed": seed, "device": study.device} | shared | own, **fixed)
 
 
 def dpo_config(study: PolicyStudy, cell: Cell, seed: int, *, data: str, model: str) -> DPOConfig:
     """Settings of one DPO run. It is looked at as PPO runs are, so it examines nothing itself."""
     own = {n: v for n, v in study.arms[cell.arm].items() if n not in OF_ARMS}
-    settings = {"seed": seed, "eval_every": None} | study.dpo | own
+    settings = {"seed": seed, "device": study.device, "eval_every": None} | study.dpo | own
     if settings.get("use_margin", True) and "margin_in_flip" not in settings:
         settings["margin_in_flip"] = repair_options(study, cell.repair).margin_in_flip
     return build(DPOConfig, f"arms.{cell.arm}", settings, data=data, model=model)
@@ -233,12 +236,12 @@ def repair_options(study: PolicyStudy, name: str) -> RepairOptions:
 def baseline_config(study: PolicyStudy, seed: int, *, policy: str, prompts: str, reward_model: str) -> BaselineConfig:
     """Settings of the offline sampling for one reward model."""
     fixed = {"policy": policy, "prompts": prompts, "reward_model": reward_model}
-    return build(BaselineConfig, "baselines", {"seed": seed} | study.baselines, **fixed)
+    return build(BaselineConfig, "baselines", {"seed": seed, "device": study.device} | study.baselines, **fixed)
 
 
 def evaluation_config(study: PolicyStudy) -> PolicyEvaluationConfig:
     """How policies answer."""
-    return build(PolicyEvaluationConfig, "evaluate", study.evaluate)
+    return build(PolicyEvaluationConfig, "evaluate", {"device": study.device} | study.evaluate)
 
 
 def needs_baselines(study: PolicyStudy, arm: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from steelyard import iterate
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.iterate import RoundsConfig, run_rounds
@@ -51,7 +51,8 @@ class RoundsStudy(Config):
         description="name -> fields of `iterate` that differ (of sections: their fields)",
     )
     control: str = Field("plain reward model", description="the arm that the others are compared with")
-    workers: int | None = Field(None, ge=1, description="runs side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(None, ge=1, description="runs side by side; none given: one per CPU, on a GPU one")
     threads: int = Field(1, ge=1, description="threads of each of them")
 
     @model_validator(mode="after")
@@ -78,7 +79,8 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
 
     Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
     """
-    shared = {name: getattr(study, name) for name in ("name", "world", "model", "sft", "workers", "threads")}
+    fields = ("name", "world", "model", "sft", "device", "workers", "threads")
+    shared = {name: getattr(study, name) for name in fields}
     recipe = Recipe(seed=study.world_seed, **shared)
     check(recipe)
     require_arms(study.arms, study.control, study.seeds)
@@ -104,7 +106,7 @@ def first_config(study: RoundsStudy, seed: int, *, model: str, files: Files | No
     filled: Settings = {"data": "", "validation": {}}
     if files is not None:
         filled = {"data": files.preferences, "validation": files.validation}
-    return build(RewardConfig, "reward", study.reward, model=model, seed=seed, **filled)
+    return build(RewardConfig, "reward", {"device": study.device} | study.reward, model=model, seed=seed, **filled)
 
 
 def rounds_config(
@@ -113,7 +115,8 @@ def rounds_config(
     """Settings of one run. What `iterate` says of the reward model is left out where an arm has no use for it."""
     own = study.arms[arm]
     kind = own.get("reward", study.iterate.get("reward", RoundsConfig.model_fields["reward"].default))
-    settings = {name: value for name, value in study.iterate.items() if name not in IDLE.get(kind, set())}
+    given: Settings = {"device": study.device} | study.iterate
+    settings = {name: value for name, value in given.items() if name not in IDLE.get(kind, set())}
     for name, value in own.items():
         shared = settings.get(name)
         settings[name] = shared | value if isinstance(shared, dict) and isinstance(value, dict) else value
@@ -147,7 +150,7 @@ def _run(study: RoundsStudy, work: Any, jobs: list[tuple[Any, Path]], labels: li
     run_jobs(
         work,
         jobs,
-        workers=min(len(jobs), study.workers or default_workers()),
+        workers=min(len(jobs), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}: done", flush=True),

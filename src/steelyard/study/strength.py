@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from steelyard.config import Config
+from steelyard.config import Config, Device
 from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences
@@ -58,7 +58,10 @@ class StrengthStudy(Config):
     reference: str = Field("full", description="whose strength the others' is correlated with, if it is a backend")
     scorings: tuple[Scoring, ...] = Field(("in-sample", "out-of-fold"), min_length=1, description="which are measured")
     sizes: tuple[int, ...] = Field((1, 3, 5, 10), min_length=1, description="numbers of members, the largest trained")
-    workers: int | None = Field(None, ge=1, description="ensembles measured side by side; none given: one per CPU")
+    device: Device = "cpu"
+    workers: int | None = Field(
+        None, ge=1, description="ensembles measured side by side; none given: one per CPU, on a GPU one"
+    )
     threads: int = Field(1, ge=1, description="threads of each of them")
 
 
@@ -124,7 +127,7 @@ def check_study(study: StrengthStudy) -> None:
 
 def recipe_of(study: StrengthStudy, seed: int) -> Recipe:
     """The part that this study shares with a recipe: data and supervised fine-tuning."""
-    shared = {name: getattr(study, name) for name in ("name", "world", "data", "model", "sft", "threads")}
+    shared = {name: getattr(study, name) for name in ("name", "world", "data", "model", "sft", "device", "threads")}
     return Recipe(seed=seed, **shared)
 
 
@@ -135,7 +138,8 @@ def config_of(
     own = study.backends[backend]
     kind = build(StrengthConfig, f"backends.{backend}", {"backend": backend} | own, data=data, model=model).backend
     idle = IDLE[kind] | ({"folds"} if scoring == "in-sample" else set())
-    shared = {name: value for name, value in study.strength.items() if name not in idle}
+    offered: Settings = {"device": study.device} | study.strength
+    shared = {name: value for name, value in offered.items() if name not in idle}
     # `workers` of an ensemble: its members one after the other, so that their times are their own.
     one = {} if kind == "head" else {"workers": 1}
     filled: Settings = {"data": data, "model": model, "scoring": scoring, "members": max(study.sizes)}
@@ -182,7 +186,7 @@ def _share(study: StrengthStudy, configs: Mapping[Any, StrengthConfig], places: 
         run_jobs(
             share,
             list(jobs.values()),
-            workers=min(len(jobs), study.workers or default_workers()),
+            workers=min(len(jobs), study.workers or default_workers(study.device)),
             threads=study.threads,
             labels=[f"shared pass, {target.stem}" for target in jobs],
         )
@@ -213,7 +217,7 @@ def _measure(
     run_jobs(
         measure_one,
         jobs,
-        workers=min(len(jobs), study.workers or default_workers()),
+        workers=min(len(jobs), study.workers or default_workers(study.device)),
         threads=study.threads,
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}: measured", flush=True),
