@@ -23,6 +23,7 @@ from steelyard.members.lora import adapt
 from steelyard.members.run import member_tokens
 from steelyard.models.cache import TrunkCache
 from steelyard.models.reward import RewardModel
+from steelyard.parallel import JobError
 from steelyard.strength import out_of_fold_plan
 from steelyard.train.optim import OptimConfig
 from steelyard.types import Strength
@@ -220,6 +221,29 @@ def test_layers_members_are_full_members_with_frozen_layers(
     assert full["tokens"] == pytest.approx(tokens * (2 / 2 + 3 * 2 / 2 + 1))
     assert top["tokens"] == pytest.approx(tokens * (3 * 2 / 2 + 1 / 2))
     assert all(m[key] > 0 for m in costs["full/in-sample"]["members"] for key in ("wall", "cpu", "memory"))
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA])
+def test_a_member_that_diverged_is_no_abstention(
+    planted: dict[str, str],
+    language_model: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: dict[str, Any],
+) -> None:
+    config = configure(planted, language_model("llama"), scoring="in-sample", **kind)
+    honest = RewardModel.score
+
+    def diverged(self: RewardModel, trees: list[Tree], **how: Any) -> np.ndarray:
+        scores = honest(self, trees, **how)
+        scores[3, 1] = np.nan
+        return scores
+
+    monkeypatch.setattr(RewardModel, "score", diverged)
+    with pytest.raises(JobError, match=r"^member 0: seed 0: 1 of \d+ rewards are not finite: .* a new folder$"):
+        measure(config, load_preferences(config.data).preferences, tmp_path / "strength", quiet=True)
+    assert not (tmp_path / "strength" / "result.json").exists()
+    assert not list((tmp_path / "strength").rglob("*.npz"))
 
 
 def test_adapters_alone_are_trained_and_begin_as_no_change(language_model: Folders) -> None:

@@ -512,6 +512,20 @@ def test_pairs_that_weigh_nothing_leave_no_gradient(reward_model: Folders, meta_
     assert not seen.any()
 
 
+def test_dropout_that_a_model_brings_stays_off(planted: dict[str, str], meta_file: str, tmp_path: Path) -> None:
+    """It would follow no seed, and the examination before the first step would turn it on."""
+    start = tiny.build_model(tiny.build_config("gpt_neox", hidden_dropout=0.5))
+    folder = str(tiny.save_folder(start, tiny.build_tokenizer(), tmp_path / "start"))
+    common: dict[str, Any] = {
+        "data": planted["clean"], "model": folder, "batch_size": 16, "max_length": 64,
+        "optim": OptimConfig(lr=3e-3),
+    }  # fmt: skip
+    train_reward(RewardConfig(**common), tmp_path / "plain", quiet=True)
+    train_metarm(MetaRMConfig(**common, meta=meta_file, k=3, eta=0.0), tmp_path / "control", quiet=True)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("plain", "control")]
+    assert weights[0] == weights[1]
+
+
 def test_without_eta_the_stage_is_plain_training_bit_for_bit(
     language_model: Folders, weighed: str, meta_file: str, tmp_path: Path
 ) -> None:

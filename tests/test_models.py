@@ -22,6 +22,7 @@ from steelyard.models.load import open_model
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel, is_reward_model
 from steelyard.models.trunk import run_trunk
+from steelyard.sampling import SamplingConfig, sample
 
 
 def draw_trees(*, n: int = 5, k: int = 2, seed: int = 0) -> list[Tree]:
@@ -250,6 +251,37 @@ class TestRefusals:
         run_trunk(model.hf.base_model, collate([fits], 0))
         with pytest.raises(InputError, match="17 tokens, more than the model's sliding window of 16; set max_length"):
             run_trunk(model.hf.base_model, collate([long], 0))
+
+    @pytest.mark.parametrize(
+        "rope",
+        [
+            {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+            {
+                "rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0,
+                "original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            },
+        ],
+    )  # fmt: skip
+    def test_a_rotation_that_depends_on_the_longest_text(self, rope: dict[str, Any]) -> None:
+        """A text's states must not depend on its neighbours."""
+        most = 16 if rope["rope_type"] == "dynamic" else 64
+        config = tiny.build_config("llama", max_position_embeddings=most, rope_parameters=rope)
+        model = PolicyModel(tiny.build_model(config))
+        trunk = model.hf.base_model
+        short, fits = Tree((5,) * 4, ((6,) * 4, (7,) * 4)), Tree((5,) * 8, ((6,) * 8, (7,) * 8))
+        alone = run_trunk(trunk, collate([short], 0)).states_TD
+        beside = run_trunk(trunk, collate([short, fits], 0)).states_TD
+        torch.testing.assert_close(beside[: len(alone)], alone)
+        with pytest.raises(InputError, match=r"up to 17 tokens, beyond 16, .* keep prompt and response to 16"):
+            run_trunk(trunk, collate([short, Tree((5,) * 8, ((6,) * 8, (7,) * 9))], 0))
+
+        def draw(most: int) -> None:
+            config = SamplingConfig(max_new_tokens=most)
+            sample(model, [(5,) * 8], ["a"], k=2, config=config, end_id=3, pad_id=0, seed=0)
+
+        draw(8)
+        with pytest.raises(InputError, match="up to 17 tokens, beyond 16"):
+            draw(9)
 
     def test_scaled_logits(self) -> None:
         from transformers import GraniteConfig

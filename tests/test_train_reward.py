@@ -18,6 +18,7 @@ from conftest import Folders
 from steelyard.data.encode import Encoder
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
+from steelyard.train import reward
 from steelyard.train.optim import OptimConfig
 from steelyard.train.pairwise import freeze_below, read_pairs
 from steelyard.train.reward import RewardConfig, reward_step, train_reward
@@ -242,6 +243,32 @@ def test_dropout_that_a_model_brings_stays_off(planted: dict[str, str], tmp_path
         train_reward(config, tmp_path / f"rm-{name}", quiet=True)
         weights.append(RewardModel.load(tmp_path / f"rm-{name}" / "model").state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def test_an_infinite_gradient_is_not_taken_in(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken in, it would leave weights that are no numbers in every later checkpoint, from which no run goes on."""
+    config = RewardConfig(
+        data=planted["clean"], model=language_model("llama"), max_length=64, batch_size=16, save_every=1, log_every=100
+    )
+    train_reward(config, tmp_path / "whole", quiet=True)
+    honest, calls = reward.reward_step, 0
+
+    def spoiled(model: RewardModel, *rest: Any) -> Any:
+        nonlocal calls
+        seen, calls = honest(model, *rest), calls + 1
+        if calls == 3:
+            assert model.head.weight.grad is not None
+            model.head.weight.grad[0, 0] = torch.inf
+        return seen
+
+    monkeypatch.setattr(reward, "reward_step", spoiled)
+    with pytest.raises(FloatingPointError, match=r"step 3: the norm of the reward model's gradient is inf.*optim\.lr"):
+        train_reward(config, tmp_path / "stopped", quiet=True)
+    train_reward(config, tmp_path / "stopped", quiet=True, resume=True)  # the spoiled step once more, unspoiled
+    whole, stopped = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
 
 
 def test_bfloat16_trains_float32_weights(language_model: Folders, planted: dict[str, str], tmp_path: Path) -> None:

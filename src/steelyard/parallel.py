@@ -111,6 +111,8 @@ def _attempt(pickled: bytes) -> tuple[str, Any]:
         raise
     except InputError as error:
         return "input", str(error)
+    except FloatingPointError as error:
+        return "error", str(error)  # a training that diverged says all that there is to say
     except BaseException:
         return "error", f"the job failed:\n{traceback.format_exc()}"
 

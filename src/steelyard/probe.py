@@ -51,7 +51,6 @@ def features(
     temporary = path.with_suffix(".tmp")
     shape = (len(trees), 2, 2 * len(layers) * width)
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    model.eval()
     depth = model.hf.config.get_text_config().num_hidden_layers
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
     for i, tree in enumerate(trees):

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from torch import nn
 
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.members.config import LoraConfig, StrengthConfig
 from steelyard.models import lora as adapters
 from steelyard.models.reward import RewardModel
-from steelyard.train.optim import batches, set_rate, total_steps
+from steelyard.train.optim import batches, set_rate, take_step, total_steps
 from steelyard.train.pairwise import read_pairs
 from steelyard.train.reward import RewardConfig, reward_step
 
@@ -48,19 +47,15 @@ def lora_member(
     model = RewardModel.from_language_model(
         config.model, pad_id=pad_id, seed=seed, precision=config.precision, device=config.device
     )
-    model.eval()
     adapt(model, config.lora, seed)
     pairs, trees = read_pairs(config.data, encoder, train, on_invalid=config.on_invalid)
     settings = RewardConfig(data=config.data, model=config.model, max_tokens=config.max_tokens)
     member = config.member
     optim = member.optim.model_copy(update={"lr": config.lora.lr})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.build(trained)
+    optimizer = optim.build(model.parameters())
     steps = total_steps(len(trees), member.batch_size, member.epochs)
     for step, chosen in enumerate(batches(len(trees), member.batch_size, seed, 0, steps)):
         set_rate(optimizer, optim.rate(step, steps))
         reward_step(model, [pairs[i] for i in chosen], [trees[i] for i in chosen], encoder, settings)
-        nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(optimizer, optim, step + 1, of=f"member {m}", remedy="Lower lora.lr")
     return model.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)

@@ -115,6 +115,12 @@ def run_member(
     if not done.exists():
         with metered() as cost:
             scores = MEMBERS[config.backend](config, m, train, judged, pad_id, out)
+        if not np.isfinite(scores).all():
+            # Stored, they would count as abstentions: the ensemble would be smaller than it says.
+            raise FloatingPointError(
+                f"seed {config.seed + m}: {np.sum(~np.isfinite(scores))} of {scores.size} rewards are not "
+                "finite: its training diverged. Lower its learning rate, in a new folder"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = done.with_suffix(".tmp")
         with temporary.open("wb") as file:

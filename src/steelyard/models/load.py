@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,6 +156,11 @@ def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float =
             apart = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
             at = both.at_BKR[0, k, : len(response)]
             difference = float((shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max())
+            if not math.isfinite(difference):
+                raise InputError(
+                    f"{type(trunk).__name__}: the model's states are not finite: its training has diverged, or its "
+                    "weights are damaged"
+                )
             if not difference < tolerance:
                 raise InputError(
                     f"{type(trunk).__name__}: chosen and rejected cannot share their prompt in this model "

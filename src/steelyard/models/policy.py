@@ -47,6 +47,7 @@ class PolicyModel(nn.Module):
         computed again. None: all of them, once."""
         super().__init__()
         self.hf = hf
+        self.eval()  # as in `RewardModel`; and PPO and DPO compare probabilities of fixed functions
         self.precision: Precision = precision
         self.logit_chunk = logit_chunk
         say_if_slow(precision, self.device)

@@ -29,6 +29,7 @@ class RewardModel(nn.Module):
     def __init__(self, hf: Any, *, precision: Precision = "float32") -> None:
         super().__init__()
         self.hf = hf
+        self.eval()  # dropout that a model brings would follow no seed; `models.dropout` does
         self.precision: Precision = precision
         say_if_slow(precision, self.device)
         check_shared_prefix(self.trunk, hf.config.get_text_config().vocab_size)

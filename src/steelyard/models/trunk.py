@@ -9,7 +9,7 @@ checks at every opening that this gives the model's own numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,9 +61,11 @@ def run_trunk(
     `first` with `states_TD` starts before layer `first` (0-based) from these states; `last` stops before layer `last`
     and leaves out the final norm.
 
-    Raises InputError if a text is longer than a sliding window, or the model cannot be run in parts.
+    Raises InputError if a text is longer than a sliding window or than the model's rotation is the same for all, or the
+    model cannot be run in parts.
     """
     require_window(trunk, batch)
+    require_rotation(trunk, lambda: int(batch.positions_T.max()) + 1)
     if not in_parts(trunk):
         if first or states_TD is not None or last is not None:
             raise InputError(f"{type(trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts")
@@ -126,6 +128,26 @@ def attention_window(trunk: nn.Module) -> int | None:
         return None
     window: int | None = getattr(text, "sliding_window", None)
     return window
+
+
+def require_rotation(trunk: nn.Module, longest: Callable[[], int]) -> None:
+    """Raise InputError if texts of up to `longest()` tokens would be rotated by angles that depend on each other.
+
+    `dynamic` and `longrope` turn all texts of a pass by other angles once its longest is longer than what the model was
+    first trained on: a text's numbers would then depend on its neighbours.
+    """
+    kinds = getattr(getattr(trunk, "rotary_emb", None), "rope_type", "")
+    if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else (kinds,)):
+        return
+    config: Any = trunk.config
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    most = int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+    if (length := longest()) > most:
+        raise InputError(
+            f"{type(trunk).__name__}: for texts of up to {length} tokens, beyond {most}, this model rotates all of a "
+            f"batch by the longest (rope_type dynamic or longrope); keep prompt and response to {most} tokens"
+        )
 
 
 def in_parts(trunk: nn.Module) -> bool:

@@ -63,9 +63,8 @@ class SharedReader:
         self.norm = _norm(self.trunk.norm, self.dtype)
         self.head = _weights(policy.hf.get_output_embeddings(), self.dtype)
         self.device = self.head[0].device
-        # Other kinds of rotation depend on the longest text at hand, so their tables cannot be made beforehand.
-        kind = self.trunk.rotary_emb.rope_type
-        self.static = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
+        # Some models rotate their layers in several ways: no one table is made beforehand for those.
+        self.static = isinstance(self.trunk.rotary_emb.rope_type, str)
 
     def start(self, prompts: Sequence[tuple[int, ...]], *, k: int, room: int) -> Float[Tensor, "R V"]:
         """See `loop.Reader`."""

@@ -39,7 +39,7 @@ from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.scorer import Scorer, load_scorer
-from steelyard.train.optim import OptimConfig, batches, require_finite_gradient, set_rate, total_steps
+from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
 from steelyard.types import Preference, Prompt
 
 _SHOWN = 4  # responses of each examination that samples.jsonl keeps
@@ -120,7 +120,6 @@ def train_dpo(
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         examiner = None if config.prompts is None else Examiner.load(config, encoder)
         model = PolicyModel.load(config.model, precision=config.precision, device=config.device)
-        model.eval()  # no dropout: the implied reward compares two fixed functions
         data, held_out = _read(config, encoder, model, out, None if quiet else print)
         steps = total_steps(len(data.trees), config.batch_size, config.epochs)
         optimizer = config.optim.build(model.parameters())
@@ -137,10 +136,7 @@ def train_dpo(
                 began = time.perf_counter()
                 set_rate(optimizer, config.optim.rate(step - 1, steps))
                 seen = dpo_step(model, data, chosen, encoder.pad_id, config)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-                require_finite_gradient(float(norm), step, of="policy", remedy="Lower optim.lr or beta")
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                take_step(optimizer, config.optim, step, of="policy", remedy="Lower optim.lr or beta")
                 window.append(seen)
                 size = sum(len(data.trees[i]) for i in chosen)
                 if step % config.log_every == 0 or step == steps:
@@ -321,9 +317,7 @@ class Examiner:
 def _load_reference(config: DPOConfig, encoder: Encoder) -> PolicyModel:
     folder = config.reference or config.model
     _require_tokenizer(encoder, folder, "reference", config)
-    reference = PolicyModel.load(folder, precision=config.precision, device=config.device)
-    reference.eval()
-    return reference
+    return PolicyModel.load(folder, precision=config.precision, device=config.device)
 
 
 def _require_tokenizer(ours: Encoder, folder: str, role: str, config: DPOConfig) -> None:

@@ -32,7 +32,7 @@ from steelyard.losses.meta import Direction, Normalisation, difference_loss, dif
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
-from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
 from steelyard.train.pairwise import pair_losses, read_pairs, shared_out
 from steelyard.types import Preference
 
@@ -145,9 +145,7 @@ def train_metarm(
                     step,
                     group,
                 )
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                take_step(optimizer, config.optim, step, of="reward model", remedy="Lower optim.lr or eta")
                 window.add(seen, rewards, norm)
                 size = sum(len(trees[i]) for i in chosen) + sum(len(meta[i]) for i in shifted)
                 if step % config.log_every == 0 or step == steps:

@@ -59,6 +59,18 @@ def require_finite_gradient(norm: float, step: int, *, of: str, remedy: str) -> 
         )
 
 
+def take_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, *, of: str, remedy: str) -> None:
+    """One step on the gradients at hand, scaled down to `max_grad_norm`; they are gone afterwards.
+
+    Raises FloatingPointError (see `require_finite_gradient`) before anything moves.
+    """
+    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(moved, config.max_grad_norm)
+    require_finite_gradient(float(norm), step, of=of, remedy=remedy)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n examples in one epoch: a function of (seed, epoch) alone, so that a resumed run agrees."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config, Device
@@ -30,7 +30,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
-from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
 from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs, shared_out
 from steelyard.types import Preference
 
@@ -130,7 +130,6 @@ def train_reward(
         model = RewardModel.from_language_model(
             config.model, pad_id=encoder.pad_id, seed=config.seed, precision=config.precision, device=config.device
         )
-        model.eval()  # dropout that the model brings would follow no seed; `models.dropout` does
         freeze_below(model, config.trainable_layers)
         prototypes = new_prototypes(config, model.head.in_features, model.device)
         trained = [*model.parameters(), *([] if prototypes is None else [prototypes])]
@@ -162,9 +161,7 @@ def train_reward(
                     seen = reward_step(model, *batch, encoder, config, cache, group)
                 else:
                     seen = contrastive_step(model, *batch, encoder, config, step=step, prototypes=prototypes)
-                nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                take_step(optimizer, config.optim, step, of="reward model", remedy="Lower optim.lr")
                 window.append(seen)
                 size = sum(len(trees[i]) for i in chosen)
                 if step % config.log_every == 0 or step == steps:

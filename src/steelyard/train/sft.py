@@ -23,7 +23,7 @@ from steelyard.models.policy import PolicyModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.run_dir import RunDir
-from steelyard.train.optim import OptimConfig, batches, set_rate, total_steps
+from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
 
 
 class ScratchConfig(Config):
@@ -80,9 +80,7 @@ def train_sft(config: SFTConfig, out: Path, *, resume: bool = False, quiet: bool
                 began = time.perf_counter()
                 set_rate(optimizer, config.optim.rate(step - 1, steps))
                 loss, tokens = sft_step(model, [trees[i] for i in chosen], encoder.pad_id, config.max_tokens)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                take_step(optimizer, config.optim, step, of="model", remedy="Lower optim.lr")
                 loss_sum, token_sum = loss_sum + loss * tokens, token_sum + tokens
                 size = sum(len(trees[i]) for i in chosen)
                 if step % config.log_every == 0 or step == steps:
