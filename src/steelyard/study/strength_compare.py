@@ -58,7 +58,7 @@ def compare(runs: Sequence[Run], sizes: Sequence[int], reference: str, *, same_p
 
 
 def full_model(runs: Sequence[Run], reference: str, seed: int) -> Cost | None:
-    """The mean cost of one reference member, training and judging, on all pairs (out-of-fold only: as its folds are)."""
+    """The mean cost of one reference member, training and judging, on all pairs (or as its folds are)."""
     found = [r for r in runs if r.backend == reference and r.seed == seed]
     run = next((r for r in found if r.scoring == "in-sample"), found[0] if found else None)
     if run is None:
