@@ -98,6 +98,15 @@ def test_a_fingerprint_is_that_of_the_contents(folders: tuple[str, str], tmp_pat
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert fingerprint(copy) != fingerprint(folders[0])
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")  # models.load opens such folders, too
+    before = fingerprint(copy)
+    (copy / "pytorch_model.bin").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert fingerprint(copy) != before
+
+
+def test_another_precision_is_another_file(folders: tuple[str, str], planted: dict[str, str], tmp_path: Path) -> None:
+    paths = {sample_baselines(configure(planted, folders, precision=p), tmp_path) for p in ("float32", "bfloat16")}
+    assert len(paths) == 2
 
 
 def test_files_of_other_models_are_refused(folders: tuple[str, str], planted: dict[str, str], tmp_path: Path) -> None:

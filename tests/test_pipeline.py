@@ -301,6 +301,10 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"reward": {"epochz": 2}}, "^reward.epochz: no such setting"),
         ({"reward": {"optim": {"lr": "fast"}}}, "^reward.optim.lr: must be a number, got 'fast'"),
         ({"policy": {"ppo": {"steps": 0}}}, "^policy.ppo.steps: must be at least 1, got 0"),
+        (
+            {"policy": {"baselines": {"k": 2}, "ppo": {"k": 3}}},
+            r"^policy\.baselines\.k: must be at least the 3 baselines that policy\.arms\.contrastive",
+        ),
         ({"policy": {"baselines": {"kk": 0}}}, "^policy.baselines.kk: no such setting"),
         ({"policy": {"evaluate": {"k": 0}}}, "^policy.evaluate.k: must be at least 1"),
         ({"policy": {"arms": {"a": {"rm": "none"}}}}, r"^policy.arms.a.rm must be one of \['plain'\], got 'none'"),

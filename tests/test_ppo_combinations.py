@@ -385,6 +385,28 @@ class TestGuards:
         changes = {"reward": "plain", "min_reward_std": 1e3}
         self.stop("step 1: the rewards' std .* fell below min_reward_std = 1000", tmp_path, base | changes)
 
+    def test_prompts_may_differ_where_their_responses_do_not(
+        self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One answer to each prompt: the rewards of the whole step still have a spread."""
+
+        def by_prompt(self: RewardModel, batch: Any) -> Tensor:
+            return torch.arange(len(batch.last_BK)).float()[:, None].expand(batch.last_BK.shape)
+
+        monkeypatch.setattr(RewardModel, "forward", by_prompt)
+        changes = {"reward": "plain", "min_reward_std": 1e-6}
+        self.stop("step 1: the rewards' std of a prompt's responses, 0, fell below", tmp_path, base | changes)
+
+    def test_a_gold_scorer_without_a_number(
+        self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ppo, "load_scorer", lambda name: lambda prompt, response: math.nan)
+        self.stop(
+            "the gold scorer's mean is nan, but must be finite; mend",
+            tmp_path,
+            base | {"gold": "x:y", "reward": "plain"},
+        )
+
     def test_a_policy_that_left(self, base: dict[str, Any], tmp_path: Path) -> None:
         faster = {"actor": OptimConfig(lr=0.1, decay=False), "kl_coef": 0.0, "steps": 9}
         self.stop(

@@ -404,6 +404,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a weight of 0 that is steered": ({"kl_coef": 0.0, "kl_target": 1.0}, "kl_coef: must be above 0"),
     "a horizon shorter than a step": ({"kl_target": 1.0, "kl_horizon": 2}, "kl_horizon: must be above a fifth"),
     "a horizon without target": ({"kl_horizon": 5}, "kl_horizon: no effect without kl_target"),
+    "one update that clips": ({"clip": 0.1}, "clip: no effect with one optimiser step"),
+    "several raw scales": (
+        {"reward_model": ["a", "b"], "normalise": False}, "normalise: must be on with several reward models",
+    ),
     "one update that stops": ({"stop_epochs_at_kl": 0.1}, "stop_epochs_at_kl: no effect with one optimiser step"),
     "weight of a separate critic": ({"value_coef": 0.5}, "value_coef: no effect with critic_model = separate"),
     "a shared critic without one": (
@@ -486,6 +490,27 @@ class TestGuards:
     def test_rewards_that_no_longer_differ(self, base: dict[str, Any], tmp_path: Path) -> None:
         record = self.stop("step 1: the rewards' std", base | {"min_reward_std": 1e3}, tmp_path / "out")
         assert record["step"] == 1
+
+
+def test_a_step_never_rests_on_a_few_prompts(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 9 prompts one is left over in each pass of 4 a step; minibatches part what there is evenly."""
+    sizes: list[int] = []
+    honest = ppo.take_step
+
+    def watch(learner: Any, task: Any, chosen: Sequence[int], *rest: Any) -> Any:
+        sizes.append(len(chosen))
+        return honest(learner, task, chosen, *rest)
+
+    monkeypatch.setattr(ppo, "take_step", watch)
+    train(base | {"limit": 9, "steps": 5}, tmp_path / "ppo")
+    assert sizes == [4] * 5
+    config = PPOConfig.model_validate(base | {"minibatches": 4, "epochs": 2, "prompts_per_step": 8})
+    for n, parts in ((8, [2] * 4), (7, [1, 2, 2, 2]), (4, [1] * 4), (3, [1] * 3)):
+        found = list(ppo._minibatches(n, 1, config))
+        assert sorted(map(len, found)) == sorted(parts * 2)
+        assert sorted(i for part in found[: len(found) // 2] for i in part) == list(range(n))
 
 
 def test_whitening_is_over_the_whole_step(

@@ -300,6 +300,50 @@ class TestChoice:
         assert bool(found["stopped"]) == (patience is not None)
         assert (tmp_path / "best" / "model").readlink() == Path(f"../round-{best:02d}/ppo/model")
 
+    def test_a_round_that_fails_is_the_last_one(
+        self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """PPO's own guard ends round 2; what was reached before is kept, and resuming changes nothing."""
+        honest = iterate.train_ppo
+
+        def guarded(config: PPOConfig, *rest: Any, **how: Any) -> Any:
+            bound = {"max_kl": 1e-9} if config.seed % 1000 == 2 else {}
+            return honest(config.model_copy(update=bound), *rest, **how)
+
+        monkeypatch.setattr(iterate, "train_ppo", guarded)
+        config = RoundsConfig(**settings | {"rounds": 4})
+        found = run_rounds(config, tmp_path / "out", quiet=True)
+        assert [row["round"] for row in found["rounds"]] == [0, 1]
+        assert re.fullmatch(r"round 2 failed: step 1: the KL of .* rose above max_kl = 1e-09.*", found["stopped"])
+        assert str(tmp_path) not in found["stopped"]
+        assert found["best"]["round"] in (0, 1)
+        assert (tmp_path / "out" / "round-02" / "ppo" / "offending-step-00000001.json").exists()
+        before = (tmp_path / "out" / "rounds.json").read_bytes()
+        (tmp_path / "out" / "result.json").unlink()  # killed just before the end
+        assert run_rounds(config, tmp_path / "out", resume=True, quiet=True) == found
+        assert (tmp_path / "out" / "rounds.json").read_bytes() == before
+
+    def test_prompts_that_are_trained_on_are_named(
+        self,
+        settings: dict[str, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        scripted(monkeypatch, [0, 1, 3])
+        run_rounds(RoundsConfig(**settings), tmp_path / "apart", quiet=True)
+        assert "warning" not in capsys.readouterr().err
+        scripted(monkeypatch, [0, 1, 3])
+        mixed = (
+            Path(settings["prompts"]).read_text().splitlines()[:2]
+            + Path(settings["eval_prompts"]).read_text().splitlines()
+        )
+        (tmp_path / "mixed.jsonl").write_text("\n".join(mixed) + "\n")
+        run_rounds(
+            RoundsConfig(**settings | {"eval_prompts": str(tmp_path / "mixed.jsonl")}), tmp_path / "out", quiet=True
+        )
+        assert "mixed.jsonl: 2 of 8 prompts are in" in capsys.readouterr().err
+
     def test_the_kept_round_is_recorded_and_linked(self, done: Path, settings: dict[str, Any]) -> None:
         best, record = read(done / "best" / "best.json"), read(done / "rounds.json")
         assert best == record["best"]
@@ -357,6 +401,28 @@ class TestRefusals:
             ({"data": None}, "reward = metarm trains the reward model; name its preferences"),
             ({"reward": "plain"}, "meta, meta_prompts, meta_sample: no effect with reward = plain"),
             ({"baselines": "current"}, "baselines: no effect with ppo.reward = plain"),
+            (
+                {"ppo": {"k": 5}, "baseline_sample": {"k": 3}},
+                "baseline_sample.k: must be at least the 5 baselines that ppo reads, got 3",
+            ),
+            (
+                {"ppo": {"baseline": "shrunk"}, "baseline_sample": {"k": 1}},
+                "baseline_sample.k: must be at least the 2 baselines that ppo reads (baseline = shrunk), got 1",
+            ),
+            (
+                {"ppo": {"limit": 5}, "baseline_sample": {"limit": 4}},
+                "baseline_sample.limit: must be at least ppo.limit = 5, got 4",
+            ),
+            (
+                {"ppo": {}, "baseline_sample": {"sampling": {"max_new_tokens": 70}}},
+                "baseline_sample: prompts of up to 442 tokens get baselines (max_length less sampling.max_new_tokens), "
+                "but ppo takes prompts of up to 448",
+            ),
+            (
+                {"kl_price": 0.1, "evaluate": {"sampling": {"top_p": 0.9}}},
+                "kl_price: the examination's answers must be drawn from the policy as it is, for only then is their "
+                "mean log-ratio the KL; give evaluate.sampling without top_p",
+            ),
             ({"gold": None, "kl_price": 0.1, "patience": 2}, "kl_price, patience: no effect where no criterion"),
             ({"keep_by": "judge"}, "keep_by: judge needs `judge`"),
             ({"ppo": {"policy": "x"}}, "ppo: policy is filled in by the rounds"),

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
+from steelyard import iterate
 from steelyard.cli import main
 from steelyard.errors import InputError
 from steelyard.iterate import check_settings
+from steelyard.ppo_settings import PPOConfig
 from steelyard.stages import GOLD
 from steelyard.study.rounds import RoundsStudy, places, rounds_config, run_rounds_study
 
@@ -64,6 +66,31 @@ def test_the_recipe_has_no_contradiction() -> None:
         check_settings(config)
         kinds.add(config.reward)
     assert kinds == {"metarm", "plain", "fixed"}
+
+
+def test_a_seed_with_a_failed_run_is_left_out_by_name(
+    tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = iterate.train_ppo
+
+    def guarded(config: PPOConfig, out: Path, **how: Any) -> Any:
+        if "MetaRM/seed-3/round-02" in str(out):
+            raise FloatingPointError("the policy has left")
+        return honest(config, out, **how)
+
+    monkeypatch.setattr(iterate, "train_ppo", guarded)
+    study = RoundsStudy(**TINY | {"arms": {"MetaRM": {"reward": "metarm"}, "plain reward model": {"reward": "plain"}}})
+    found = run_rounds_study(study, tmp_path / "out")
+    assert found["failed"] == [{"arm": "MetaRM", "seed": 3, "error": "round 2 failed: the policy has left"}]
+    assert found["seeds"] == [4]
+    assert {t["seed"] for t in found["turns"]} == {4}
+    assert all(len(row["seeds"]) == 1 for row in found["rows"])
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Runs that failed" in page
+    assert "round 2 failed: the policy has left" in page
+    with pytest.raises(InputError, match="in every seed a run failed, so nothing can be compared"):
+        run_rounds_study(study.model_copy(update={"seeds": (3,)}), tmp_path / "out", resume=True)
 
 
 class TestStudy:

@@ -44,6 +44,19 @@ def run(model: PolicyModel, sampler: str, *, k: int = 3, seed: int = 1, **settin
     return sample(model, PROMPTS, KEYS, k=k, config=config, end_id=tiny.EOS, pad_id=tiny.PAD, seed=seed)
 
 
+@pytest.mark.parametrize("sampler", ["shared", "transformers"])
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "temperature": 0.7}])
+def test_logits_that_are_no_numbers_stop_the_drawing(
+    sampler: str, settings: dict[str, Any], language_model: Folders
+) -> None:
+    model = load(language_model)
+    run(model, sampler, **settings)
+    with torch.no_grad():
+        model.hf.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"logits at token 1 of \d+ responses are not finite"):
+        run(model, sampler, **settings)
+
+
 # ---- one sampler, the others -----------------------------------------------------------------------------------
 
 

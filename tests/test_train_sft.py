@@ -142,4 +142,12 @@ class TestSchedule:
         for first in range(6):
             assert list(batches(10, 4, 3, first, 6)) == steps[first:]
         assert epoch_order(10, 3, 0) != epoch_order(10, 4, 0)
+
+    def test_too_small_a_rest_waits_for_another_pass(self) -> None:
+        assert [len(s) for s in batches(10, 4, 3, 0, 6, least=2)] == [4, 4, 2, 4, 4, 2]
+        steps = list(batches(10, 4, 3, 0, 40, least=3))
+        assert {len(s) for s in steps} == {4}
+        assert steps[2] == epoch_order(10, 3, 1)[:4]
+        assert len({i for step in steps for i in step}) == 10
+        assert list(batches(10, 4, 3, 5, 40, least=3)) == steps[5:]
         assert (total_steps(10, 4, 2.0), total_steps(10, 4, 0.01)) == (6, 1)

@@ -51,10 +51,13 @@ class BaselineConfig(Config):
     seed: int = Field(0, ge=0, description="of the sampling")
 
 
+_READ = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # of a model's folder
+
+
 def fingerprint(folder: str | Path) -> str:
     """A digest of everything in a model folder that decides what it computes: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
-    names = [p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
+    names = [p for p in Path(folder).iterdir() if p.suffix in _READ]
     for path in sorted(names):
         digest.update(path.name.encode())
         with path.open("rb") as file:
@@ -77,6 +80,8 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
         "max_length": config.max_length,
         "seed": config.seed,
     }
+    if config.precision != "float32":
+        settings["precision"] = config.precision
     responses = out / f"responses-{_digest(settings)}.parquet"
     if not responses.exists():
         _write(responses, _responses(config, encoder, [p.prompt for p in prompts]), settings)

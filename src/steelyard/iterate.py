@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,6 +21,8 @@ from steelyard import ppo_settings
 from steelyard.baselines import BaselineConfig, fingerprint, sample_baselines
 from steelyard.config import Config, Device, explain
 from steelyard.data.encode import Encoder
+from steelyard.data.load import load_prompts
+from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, choose, examine_round, held_out
@@ -107,14 +110,20 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             return json.loads((out / RECORD).read_text())
         run.restore()
         length = _ppo(config, Round(1, "", ""), baselines="").max_length
+        _say_if_trained_on(config)
         prompts = held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), _evaluation(config))
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
         for number in range(config.rounds + 1):
-            if number:
-                now = advance(config, now, out, quiet=quiet)
-            examined.append(_examine(config, now, prompts, length, out))
-            record = _record(config, examined)
+            failure = ""
+            try:
+                now = advance(config, now, out, quiet=quiet) if number else now
+            except FloatingPointError as error:
+                # A guard of PPO's, or training that diverged: this way leads no further, and what there is, is kept.
+                failure = f"round {number} failed: {error.__cause__ or error}"
+            else:
+                examined.append(_examine(config, now, prompts, length, out))
+            record = _record(config, examined, failure)
             write_json_atomic(out / RECORD, record)
             if record["best"] is not None:
                 _keep(config, record["best"], out)
@@ -185,11 +194,29 @@ def check_settings(config: RoundsConfig) -> None:
     some = Round(1, "", "")
     _reward(config, 1, model="", meta="")
     _meta_sample(config, 1, "")
-    _baselines(config, some)
+    stored, optimise = _baselines(config, some), _ppo(config, some, baselines="")
     try:
-        ppo_settings.check(_ppo(config, some, baselines=""))
+        ppo_settings.check(optimise)
     except InputError as error:
         raise InputError(f"ppo: {error}") from None
+    if _relative(config):
+        ppo_settings.check_baselines(optimise, stored, "ppo", "baseline_sample")
+    if config.kl_price and (bent := _evaluation(config).sampling.bent()):
+        raise InputError(
+            "kl_price: the examination's answers must be drawn from the policy as it is, for only then is their mean "
+            f"log-ratio the KL; give evaluate.sampling without {', '.join(bent)}, or leave kl_price out"
+        )
+
+
+def _say_if_trained_on(config: RoundsConfig) -> None:
+    trained = {prompt_key(p.prompt) for p in load_prompts(config.prompts).items}
+    held = {prompt_key(p.prompt) for p in load_prompts(config.eval_prompts).items}
+    if both := len(trained & held):
+        print(
+            f"warning: {config.eval_prompts}: {both} of {len(held)} prompts are in {config.prompts}, too: the "
+            "examination then says little of prompts that the policy was not trained on",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def _require_another(config: RoundsConfig, judge: str) -> None:
@@ -315,14 +342,14 @@ def _examine(config: RoundsConfig, now: Round, prompts: Sequence[Prompt], length
     return json.loads(target.read_text())
 
 
-def _record(config: RoundsConfig, examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _record(config: RoundsConfig, examined: Sequence[Mapping[str, Any]], failure: str = "") -> dict[str, Any]:
     """What rounds.json holds; nothing in it depends on where the folder is."""
     by, why = criterion(config)
-    best, stopped = None, ""
+    best, stopped = None, failure
     if by is not None:
         best = choose(examined, by, config.kl_price)
         since = len(examined) - 1 - best["round"]
-        if config.patience is not None and since >= config.patience:
+        if not failure and config.patience is not None and since >= config.patience:
             stopped = f"the examination has turned: no better round than {best['round']} for {since}"
         best["model"] = f"round-{best['round']:02d}/ppo/model" if best["round"] else config.sft
     return {

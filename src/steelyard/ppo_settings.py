@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from steelyard.baselines import BaselineConfig
 from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
@@ -95,7 +96,11 @@ class PPOConfig(Config):
     normalise: bool = Field(True, description="subtract the reward model's mean and divide by its std first")
     reward_clip: float | None = Field(None, gt=0, description="bound on the shaped reward's size")
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken from a response cut off before its end token")
-    min_reward_std: float | None = Field(None, gt=0, description="stop if a step's raw reward std falls below this")
+    min_reward_std: float | None = Field(
+        None,
+        gt=0,
+        description="stop if the raw rewards' std within a prompt (mean of a step) falls below this",
+    )
     max_kl: float | None = Field(None, gt=0, description="stop if the mean KL per response rises above this (nats)")
     gold: str | None = Field(None, description="`module:function` of a gold scorer, logged and never trained on")
     lora: LoraConfig = Field(
@@ -127,6 +132,11 @@ def check(config: PPOConfig) -> None:
         raise InputError(
             f"reward_model: several reward models need reward = plain, got {reward}: a baseline file holds the scores "
             "of one reward model; name one folder, or use plain"
+        )
+    if len(folders) > 1 and not config.normalise:
+        raise InputError(
+            "normalise: must be on with several reward models: their raw rewards have offsets and scales of their own, "
+            "so neither the worst nor the mean of them would mean anything"
         )
     if advantage != "gae" and reward == "contrastive":
         raise InputError(
@@ -171,6 +181,25 @@ def check(config: PPOConfig) -> None:
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}")
 
 
+def check_baselines(config: PPOConfig, stored: BaselineConfig, where: str, there: str) -> None:
+    """Raise InputError where baselines sampled as `stored` says would be too few for `config`, or for too few prompts.
+
+    `where` and `there` are the names of the two sections, for the message.
+    """
+    least = max(config.k or 1, 2 if config.baseline == "shrunk" else 1)
+    if stored.k < least:
+        why = "" if least == config.k else " (baseline = shrunk)"
+        raise InputError(f"{there}.k: must be at least the {least} baselines that {where} reads{why}, got {stored.k}")
+    if stored.limit is not None and config.limit is not None and config.limit > stored.limit:
+        raise InputError(f"{there}.limit: must be at least {where}.limit = {config.limit}, got {stored.limit}")
+    room = [c.max_length - c.sampling.max_new_tokens for c in (config, stored)]
+    if room[0] > room[1]:
+        raise InputError(
+            f"{there}: prompts of up to {room[1]} tokens get baselines (max_length less sampling.max_new_tokens), but "
+            f"{where} takes prompts of up to {room[0]}; make the two alike"
+        )
+
+
 def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[str], str]]:
     """Settings that the others make idle, and why."""
     reward, advantage, std = config.reward, config.advantage, config.scaling == "std"
@@ -192,11 +221,12 @@ def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[st
         yield {"scale_kl"}, "with kl_coef = 0, which turns the penalty off; leave out"
     if config.kl_target is None:
         yield {"kl_horizon"}, "without kl_target; leave out, or give one"
-    if config.epochs * config.minibatches == 1:
-        yield {"stop_epochs_at_kl"}, "with one optimiser step per rollout; leave out, or raise epochs or minibatches"
     if advantage == "gae" and config.critic_model == "separate":
         yield {"value_coef"}, "with critic_model = separate; leave out, or use shared"
     if advantage != "gae":
         yield CRITIC_ONLY, f"with advantage = {advantage}, which has no critic; leave out, or use gae"
+    if config.epochs * config.minibatches == 1:
+        idle = {"stop_epochs_at_kl", "clip", "value_clip"}  # the policy is still the one that sampled
+        yield idle, "with one optimiser step per rollout; leave out, or raise epochs or minibatches"
     if advantage != "group":
         yield {"group_std"}, f"with advantage = {advantage}; leave out, or use group"

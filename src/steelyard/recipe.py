@@ -343,6 +343,9 @@ def _check_ppo(recipe: Recipe, policy: PolicyConfig) -> None:
             ppo_settings.check(config)
         except InputError as error:
             raise InputError(f"policy.arms.{name}: {error}") from None
+        if needs_baselines(policy, name):
+            stored = baseline_config(recipe, policy, model="", prompts="", reward_model="")
+            ppo_settings.check_baselines(config, stored, f"policy.arms.{name}", "policy.baselines")
 
 
 def _check_dpo(recipe: Recipe, policy: PolicyConfig) -> None:

@@ -48,6 +48,7 @@ def rollout_metrics(
     metrics = {
         "ppo/reward_raw": rollouts.rewards_NK.mean().item(),
         "ppo/reward_std": rollouts.rewards_NK.std(correction=0).item(),
+        "ppo/reward_std_within": rollouts.rewards_NK.std(-1, correction=0).mean().item(),
         "ppo/reward_shaped": paid_NK.mean().item(),
         "ppo/return": rewards_BT.sum(-1).mean().item(),
         "ppo/kl": rollouts.kl_NKT.sum(-1).mean().item(),
@@ -84,12 +85,15 @@ def guard(metrics: dict[str, float], step: int, config: PPOConfig) -> None:
     Those are: finite always; `min_reward_std` and `max_kl` where given.
     """
     require_finite(metrics, step)
-    std, kl = metrics["ppo/reward_std"], metrics["ppo/kl"]
+    # Prompts differ in reward even where a policy has but one answer to each.
+    several = config.samples_per_prompt > 1
+    std, kl = metrics["ppo/reward_std_within" if several else "ppo/reward_std"], metrics["ppo/kl"]
     if config.min_reward_std is not None and std < config.min_reward_std:
+        whose = "of a prompt's responses" if several else "of the responses"
         raise FloatingPointError(
-            f"step {step}: the rewards' std {std:.4g} fell below min_reward_std = {config.min_reward_std:g}: responses "
-            "hardly differ in reward any more; look at the samples, then raise kl_coef or the temperature, or lower "
-            "actor.lr"
+            f"step {step}: the rewards' std {whose}, {std:.4g}, fell below min_reward_std = {config.min_reward_std:g}: "
+            "they hardly differ in reward any more; look at the samples, then raise kl_coef or the temperature, or "
+            "lower actor.lr"
         )
     if config.max_kl is not None and kl > config.max_kl:
         raise FloatingPointError(
@@ -116,7 +120,7 @@ def naming_the_batch(scene: Scene, folder: Path, encoder: Encoder) -> Iterator[N
         }
         write_json_atomic(path, record)
         names = ", ".join(scene.ids[n] for n in worst)
-        raise FloatingPointError(f"{error}. The worst of its {len(scene.ids)} prompts: {names}; all: {path}") from None
+        raise FloatingPointError(f"{error}. The worst of its {len(scene.ids)} prompts: {names}; all: {path}") from error
 
 
 def _describe(scene: Scene, encoder: Encoder) -> list[dict[str, Any]]:

@@ -91,12 +91,21 @@ class Turn(Record):
     gain: float
 
 
+class FailedRun(Record):
+    """A run that a guard of PPO's, or diverging training, ended."""
+
+    arm: str
+    seed: int
+    error: str
+
+
 class RoundsStudyFile(Record):
     """study.json of `steelyard study rounds`"""
 
     kind: Literal["rounds"]
     control: str
     seeds: list[int]
+    failed: list[FailedRun] = Field(default_factory=list)
     rows: list[SeedRow] = Field(default_factory=list)
     turns: list[Turn] = Field(default_factory=list)
     by_round: list[SeedCurve] = Field(default_factory=list)

@@ -175,6 +175,10 @@ def rounds_study_section(run: Run, styles: Styles) -> Section | None:
         ),
         *seed_curves(study.by_step, styles, steps, "PPO over all rounds", "PPO step, all rounds"),
     ]  # fmt: skip
+    if study.failed:
+        rows = [(f.arm, f.seed, f.error) for f in study.failed]
+        note = "Their seeds are left out of all arms above."
+        blocks.append(table("Runs that failed", (("arm", None), ("seed", count), ("why", None)), rows, note=note))
     intro = (
         f"Every arm goes through the same rounds from the same SFT model and the same first reward models, "
         f"{seeds_of(study.seeds)}; arms differ in what becomes of the reward model between rounds. Round 0 is the SFT "

@@ -84,7 +84,11 @@ def _sample_group(
         token = draw(logits, streams[rows, t], config, said[:, : width + t])
         drawn_RT[rows, t] = token
         going = token != end_id
-        left = int(going.sum())
+        left, bad = torch.stack((going.sum(), (token < 0).sum())).tolist()  # both at once: reading waits for a GPU
+        if bad:
+            raise FloatingPointError(
+                f"the policy's logits at token {t + 1} of {bad} responses are not finite: its training has diverged"
+            )
         if t + 1 == longest or not left:
             break
         if left < len(rows):

@@ -30,6 +30,11 @@ class SamplingConfig(Config):
     )
     gpu_memory: float = Field(0.3, gt=0, le=1, description="share of the GPU's memory that vllm may take")
 
+    def bent(self) -> dict[str, float]:
+        """What makes the distribution that is drawn from another one than the model's own, by name."""
+        own = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+        return {name: x for name, value in own.items() if (x := getattr(self, name)) != value}
+
     @model_validator(mode="after")
     def _refuse_impossible_lengths(self) -> SamplingConfig:
         if self.min_new_tokens > self.max_new_tokens:

@@ -29,7 +29,7 @@ def draw(
     """One token a row: the first whose cumulative probability, in the order of ids, exceeds the uniform number.
 
     `said_RS` are the tokens that the repetition penalty falls on; a token may stand there more than once. A token of
-    probability 0 is never drawn, whatever the uniform number in [0, 1).
+    probability 0 is never drawn, whatever the uniform number in [0, 1). -1 where the logits have no finite sum.
     """
     logits = logits_RV
     if config.repetition_penalty != 1.0 and said_RS is not None:
@@ -47,7 +47,7 @@ def draw(
 
 
 def invert(weights_RV: Float[Tensor, "R V"], uniform_R: Float[Tensor, "R"]) -> Int[Tensor, "R"]:
-    """For each row the first v with sum(weights[:v + 1]) > uniform sum(weights).
+    """For each row the first v with sum(weights[:v + 1]) > uniform sum(weights); -1 where the sum is not finite.
 
     Exact up to the float32 rounding of a block's sum; everything above it is float64.
     """
@@ -58,13 +58,14 @@ def invert(weights_RV: Float[Tensor, "R V"], uniform_R: Float[Tensor, "R"]) -> I
     upto_RB = blocks_RBb.sum(-1).double().cumsum(-1)
     target_R1 = uniform_R.double()[:, None] * upto_RB[:, -1:]
     # `right`: a block without weight has no share of the line, and is never hit.
-    block_R1 = torch.searchsorted(upto_RB, target_R1, right=True)
+    block_R1 = torch.searchsorted(upto_RB, target_R1, right=True).clamp(max=upto_RB.shape[-1] - 1)
     before_R1 = torch.where(block_R1 > 0, upto_RB.gather(-1, (block_R1 - 1).clamp(min=0)), 0.0)
     inside_Rb = blocks_RBb[torch.arange(R, device=block_R1.device), block_R1[:, 0]].double().cumsum(-1)
     # The block's own sum, in float64, may be a rounding below the one that chose it.
     last_R1 = inside_Rb[:, -1:]
     rest_R1 = torch.minimum(target_R1 - before_R1, torch.nextafter(last_R1, torch.zeros_like(last_R1)))
-    return (block_R1 * _BLOCK + torch.searchsorted(inside_Rb, rest_R1, right=True))[:, 0]
+    found_R = (block_R1 * _BLOCK + torch.searchsorted(inside_Rb, rest_R1, right=True))[:, 0]
+    return torch.where(upto_RB[:, -1].isfinite(), found_R, -1)
 
 
 def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor, "R V"]:
@@ -81,7 +82,7 @@ def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor,
         if n >= V or not len(rest):
             break
         top = weights_RV[rest].topk(n).values
-        last = (top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1
+        last = ((top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1).clamp(min=0)  # 0: not finite
         value = top.gather(-1, last)
         # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
         found = (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]

@@ -310,9 +310,7 @@ def _check_stages(study: PolicyStudy) -> None:
     evaluation = evaluation_config(study)
     if evaluation.k < 2:
         raise InputError(f"evaluate.k: must be at least 2, to tell prompts from chance, got {evaluation.k}")
-    own = {"temperature": 1, "top_p": 1, "repetition_penalty": 1, "min_new_tokens": 0}
-    bent = {n: x for n, value in own.items() if (x := getattr(evaluation.sampling, n)) != value}
-    if bent:
+    if bent := evaluation.sampling.bent():
         raise InputError(
             "evaluate.sampling: policies must answer as they are, for the KL is the mean log-ratio of these answers at "
             f"temperature 1; leave out {', '.join(f'{n} = {x:g}' for n, x in bent.items())}"
@@ -340,6 +338,6 @@ def _check_cell(study: PolicyStudy, cell: Cell) -> None:
         ppo_settings.check(config)
     except InputError as error:
         raise InputError(f"arms.{cell.arm}: {error}") from None
-    most = int(study.baselines.get("k", BaselineConfig.model_fields["k"].default))
-    if config.k is not None and config.k > most:
-        raise InputError(f"arms.{cell.arm}.k: must be at most baselines.k = {most}, got {config.k}")
+    if needs_baselines(study, cell.arm):
+        stored = baseline_config(study, 0, policy="", prompts="", reward_model="")
+        ppo_settings.check_baselines(config, stored, f"arms.{cell.arm}", "baselines")

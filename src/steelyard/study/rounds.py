@@ -7,6 +7,7 @@ model, every arm goes through the same number of rounds; arms differ in what hap
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,20 @@ def _go_through(config: RoundsConfig, out: Path) -> None:
 
 
 def compare(study: RoundsStudy, out: Path) -> dict[str, Any]:
-    """Gold of every arm in every round and in the round it kept, against the control's; courses over rounds."""
-    records = {a: [json.loads((places(out, a, s) / iterate.RECORD).read_text()) for s in study.seeds]
-               for a in study.arms}  # fmt: skip
+    """Gold of every arm in every round and in the round it kept, against the control's; courses over rounds.
+
+    A seed in which a run of some arm failed is left out of all arms, and named. Raises InputError if none is left.
+    """
+    everything = {(a, s): json.loads((places(out, a, s) / iterate.RECORD).read_text())
+                  for a in study.arms for s in study.seeds}  # fmt: skip
+    failed = [{"arm": a, "seed": s, "error": r["stopped"]} for (a, s), r in everything.items() if r["stopped"]]
+    seeds = [s for s in study.seeds if all(f["seed"] != s for f in failed)]
+    if not seeds:
+        said = "; ".join(f"{f['arm']}, seed {f['seed']}: {f['error']}" for f in failed)
+        raise InputError(f"arms: in every seed a run failed, so nothing can be compared ({said})")
+    records = {a: [everything[a, s] for s in seeds] for a in study.arms}
     count = len(records[study.control][0]["rounds"])
-    examined = {a: [[_read(out, a, s, n) for n in range(count)] for s in study.seeds] for a in study.arms}
+    examined = {a: [[_read(out, a, s, n) for n in range(count)] for s in seeds] for a in study.arms}
     prompts = examined[study.control][0][0]["prompts"]
     rows: list[dict[str, Any]] = []
     for name in [*range(1, count), "the round kept"]:
@@ -194,16 +204,17 @@ def compare(study: RoundsStudy, out: Path) -> dict[str, Any]:
     turns = [
         {"arm": arm, "seed": seed, "best": record["best"]["round"], "rounds": count - 1,
          "gain": record["best"]["gain"]["value"]}
-        for arm, found in records.items() for seed, record in zip(study.seeds, found, strict=True)
+        for arm, found in records.items() for seed, record in zip(seeds, found, strict=True)
     ]  # fmt: skip
     return {
         "kind": "rounds",
         "control": study.control,
-        "seeds": list(study.seeds),
+        "seeds": seeds,
+        "failed": failed,
         "rows": rows,
         "turns": turns,
         "by_round": [c for arm, found in records.items() for c in _by_round(arm, found)],
-        "by_step": [c for arm in study.arms for c in _by_step(study, arm, out, count)],
+        "by_step": [c for arm in study.arms for c in _by_step(seeds, arm, out, count)],
     }
 
 
@@ -229,10 +240,10 @@ def _by_round(arm: str, records: list[dict[str, Any]]) -> list[Curve]:
     return curves
 
 
-def _by_step(study: RoundsStudy, arm: str, out: Path, count: int) -> list[Curve]:
+def _by_step(seeds: Sequence[int], arm: str, out: Path, count: int) -> list[Curve]:
     """PPO's metrics over the steps of all rounds, one after the other."""
     logged = []
-    for seed in study.seeds:
+    for seed in seeds:
         files = [places(out, arm, seed) / f"round-{n:02d}" / "ppo" / "metrics.jsonl" for n in range(1, count)]
         logged.append([json.loads(line) for file in files for line in file.read_text().splitlines()])
     steps = list(range(1, len(logged[0]) + 1))

@@ -83,9 +83,13 @@ def total_steps(n: int, batch_size: int, epochs: float) -> int:
     return max(1, round(per_epoch * epochs))
 
 
-def batches(n: int, batch_size: int, seed: int, first_step: int, steps: int) -> Iterator[list[int]]:
-    """Example numbers of each step from `first_step` (0-based) to the last."""
-    per_epoch = -(-n // batch_size)
+def batches(n: int, batch_size: int, seed: int, first_step: int, steps: int, *, least: int = 1) -> Iterator[list[int]]:
+    """Example numbers of each step from `first_step` (0-based) to the last.
+
+    What is left at the end of a pass is a smaller batch; if it has fewer than `least`, it waits for another pass. There
+    must be `least` examples.
+    """
+    per_epoch = n // batch_size + (n % batch_size >= least)
     epoch, order = -1, []
     for step in range(first_step, steps):
         if step // per_epoch != epoch:

@@ -10,10 +10,12 @@ penalty, and the nucleus as it was at the time of sampling (`models.next_token`)
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from steelyard.run_dir import RunDir
 from steelyard.running import KLController, RunningScale, RunningStd, ScaleMode
 from steelyard.sampling import Sample
 from steelyard.scorer import load_scorer
-from steelyard.train.optim import batches, require_finite_gradient, set_rate
+from steelyard.train.optim import batches, epoch_order, require_finite_gradient, set_rate
 from steelyard.types import Prompt
 from steelyard.watch import Scene, guard, naming_the_batch, require_finite, rollout_metrics
 
@@ -139,7 +141,10 @@ class Task:
         if self.gold is None:
             return {}
         pairs = [(self.prompts[i], s) for i, group in zip(chosen, drawn, strict=True) for s in group]
-        return {"ppo/gold": float(np.mean([self.gold(p, encoder.decode(s.tokens)) for p, s in pairs]))}
+        gold = float(np.mean([self.gold(p, encoder.decode(s.tokens)) for p, s in pairs]))
+        if not math.isfinite(gold):
+            raise FloatingPointError(f"the gold scorer's mean is {gold}, but must be finite; mend the scorer")
+        return {"ppo/gold": gold}
 
 
 def train_ppo(
@@ -167,7 +172,9 @@ def train_ppo(
             first, tensors, state = saved
             learner.restore(tensors, state)
 
-        order = batches(len(task.prompts), config.prompts_per_step, config.seed, first, config.steps)
+        # Fewer than half of a step's prompts would be little to whiten over and to take a whole step on.
+        least = -(-config.prompts_per_step // 2)
+        order = batches(len(task.prompts), config.prompts_per_step, config.seed, first, config.steps, least=least)
         with Progress(config.steps, "PPO", start=first, quiet=quiet or None) as progress:
             for step, chosen in enumerate(order, first + 1):
                 began = time.perf_counter()
@@ -278,10 +285,11 @@ def _per_token(
 
 
 def _minibatches(n: int, step: int, config: PPOConfig) -> Iterator[list[int]]:
-    """Rows of each optimiser step of all epochs, in an order of their own."""
-    size = -(-n // config.minibatches)
+    """Rows of each optimiser step of all epochs, in an order of their own; parts differ by one row at most."""
+    cuts = [n * i // config.minibatches for i in range(config.minibatches + 1)]
     for epoch in range(config.epochs):
-        yield from batches(n, size, config.seed + step * 7919 + epoch, 0, -(-n // size))
+        order = epoch_order(n, config.seed + step * 7919 + epoch, 0)
+        yield from (order[a:b] for a, b in pairwise(cuts) if b > a)
 
 
 def backward(
