@@ -375,6 +375,20 @@ def test_only_gae_loads_a_critic(
     assert len(folders) == loaded
 
 
+def test_a_reward_model_whose_spread_was_never_measured_is_named(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PPOConfig.model_validate(base | {"reward": "plain"})
+    actors.Models(config)
+    assert "warning" not in capsys.readouterr().err
+    bare = tiny.build_model(tiny.build_config(), seed=7, head=True)
+    other = tiny.save_folder(bare, tiny.build_tokenizer(), tmp_path / "bare")
+    actors.Models(config.model_copy(update={"reward_model": other}))
+    assert f"warning: {other}: no mean and std of its rewards" in capsys.readouterr().err
+    actors.Models(config.model_copy(update={"reward_model": other, "normalise": False}))
+    assert "warning" not in capsys.readouterr().err
+
+
 class TestGuards:
     def stop(self, match: str, tmp_path: Path, settings: dict[str, Any]) -> None:
         with pytest.raises(FloatingPointError, match=match):

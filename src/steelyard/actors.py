@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,13 @@ class Models:
         elif config.advantage == "gae":
             self.critic = RewardModel.load(folders[0], precision=precision, device=device)
         normals = [m.normal if config.normalise else (0.0, 1.0) for m in members]
+        if unknown := [f for f, m in zip(folders, members, strict=True) if config.normalise and not m.measured]:
+            print(
+                f"warning: {', '.join(unknown)}: no mean and std of its rewards are stored (steelyard_reward in "
+                "config.json), so they are taken as they are",
+                file=sys.stderr,
+                flush=True,
+            )
         for folder, (_, std) in zip(folders, normals, strict=True):
             if not std > 0:
                 raise InputError(f"{folder}: its rewards have no spread (std {std}); nothing to learn from")

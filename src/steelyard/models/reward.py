@@ -112,6 +112,11 @@ class RewardModel(nn.Module):
         mean, std = getattr(self.hf.config, "steelyard_reward", (0.0, 1.0))
         return float(mean), float(std)
 
+    @property
+    def measured(self) -> bool:
+        """Whether `normal` was measured."""
+        return hasattr(self.hf.config, "steelyard_reward")
+
     def set_normal(self, mean: float, std: float) -> None:
         """Record the raw reward's mean and std in the checkpoint's configuration."""
         self.hf.config.steelyard_reward = [float(mean), float(std)]
