@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -21,8 +20,7 @@ from steelyard import ppo_settings
 from steelyard.baselines import BaselineConfig, fingerprint, sample_baselines
 from steelyard.config import Config, Device, explain
 from steelyard.data.encode import Encoder
-from steelyard.data.load import load_prompts
-from steelyard.data.split import prompt_key
+from steelyard.data.load import say_if_shared
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, choose, examine_round, held_out
@@ -110,7 +108,7 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             return json.loads((out / RECORD).read_text())
         run.restore()
         length = _ppo(config, Round(1, "", ""), baselines="").max_length
-        _say_if_trained_on(config)
+        say_if_shared(config.prompts, config.eval_prompts)
         prompts = held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), _evaluation(config))
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
@@ -206,17 +204,6 @@ def check_settings(config: RoundsConfig) -> None:
             "kl_price: the examination's answers must be drawn from the policy as it is, for only then is their mean "
             f"log-ratio the KL; give evaluate.sampling without {', '.join(bent)}, or leave kl_price out"
         )
-
-
-def _say_if_trained_on(config: RoundsConfig) -> None:
-    trained = {prompt_key(p.prompt) for p in load_prompts(config.prompts).items}
-    held = {prompt_key(p.prompt) for p in load_prompts(config.eval_prompts).items}
-    if both := len(trained & held):
-        print(
-            f"warning: {config.eval_prompts}: {both} of {len(held)} prompts are in {config.prompts}, too: the "
-            "examination then says little of prompts that the policy was not trained on",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
 
 
 def _require_another(config: RoundsConfig, judge: str) -> None:

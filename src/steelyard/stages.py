@@ -12,7 +12,7 @@ from steelyard.baselines import outlook, sample_baselines
 from steelyard.config import Config
 from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
-from steelyard.data.load import load_preferences
+from steelyard.data.load import load_preferences, say_if_shared
 from steelyard.denoise import RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
@@ -323,6 +323,7 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     config = evaluation_config(recipe, policy)
     encoder_length = evaluation_length(policy)
     encoder = Encoder.load(model, max_length=encoder_length)
+    say_if_shared(files.prompts, files.eval_prompts or files.prompts)
     prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
     # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
     rewards = {name: str(out / "rm" / arm_reward(recipe, policy, name) / "model") for name in policy.arms}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from steelyard.data.formats import (
     read_strength,
 )
 from steelyard.data.read import read_rows, suffix
+from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.types import Preference, Prompt, Strength
 
@@ -410,3 +412,16 @@ def _structured(name: str, text: str, *, published: bool) -> Any:
     messages = bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
     listed = name in ("turns", CHOSEN_SCORES, REJECTED_SCORES) or (published and name in ("chosen", "rejected"))
     return value if messages or listed else text
+
+
+def say_if_shared(trained: str, held_out: str) -> None:
+    """A warning on stderr if prompts of the file `held_out` are in the file `trained`, too."""
+    seen = {prompt_key(p.prompt) for p in load_prompts(trained).items}
+    held = {prompt_key(p.prompt) for p in load_prompts(held_out).items}
+    if both := len(seen & held):
+        print(
+            f"warning: {held_out}: {both} of {len(held)} prompts are in {trained}, too: the examination then says "
+            "little of prompts that the policy was not trained on",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -86,6 +86,7 @@ def _compute_words(study: DataStudyFile) -> str:
         "within an analysis every model takes the same number of steps of the same number of pairs, so small sets are "
         "seen more often. Learning rate and batch are those of the study file; the study itself chooses none."
     )
+    text += " Strength was measured once, so no interval holds another ensemble or its repair."
     if len(study.seeds) == 1:
         text += " One seed: the intervals say nothing about another one."
     if weak:
