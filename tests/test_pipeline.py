@@ -299,6 +299,12 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"repair": {"a": {"recipe": "keep", "q": 0.1}}}, "^repair.a: recipe 'keep' does not read q"),
         ({"repair": {"a": {"recipe": "flip", "q": 2}}}, "^repair.a.q: must be at most 1, got 2"),
         ({"reward": {"epochz": 2}}, "^reward.epochz: no such setting"),
+        ({"repair": {"a": {"recipe": "keep", "reward": {"epochz": 2}}}}, "^reward.epochz: no such setting"),
+        ({"repair": {"a": {"recipe": "keep", "reward": 3}}}, "^repair.a.reward: must hold fields of"),
+        (
+            {"repair": {"a": {"recipe": "keep", "reward": {"seed": 3, "max_length": 9}}}},
+            "^repair.a.reward: max_length, seed: must be the same for all arms",
+        ),
         ({"reward": {"optim": {"lr": "fast"}}}, "^reward.optim.lr: must be a number, got 'fast'"),
         ({"policy": {"ppo": {"steps": 0}}}, "^policy.ppo.steps: must be at least 1, got 0"),
         (

@@ -48,7 +48,10 @@ TINY: dict[str, Any] = {
         "optim": OPTIM,
     },
     "strength": {"members": 2, "max_length": 160},
-    "repairs": {"oracle": {"recipe": "oracle flip"}, "flip": {"recipe": "flip", "q": 0.2}},
+    "repairs": {
+        "oracle": {"recipe": "oracle flip"}, "flip": {"recipe": "flip", "q": 0.2},
+        "SimCSE": {"recipe": "keep", "reward": {"contrastive": {"method": "simcse"}, "optim": {"lr": 2e-3}}},
+    },
     "reward": {"batch_size": 8, "max_length": 160, "optim": OPTIM},
     "baselines": {"k": 3, "max_length": 160, "sampling": DRAWN},
     "ppo": {
@@ -248,7 +251,7 @@ class TestGrid:
         ("changes", "message"),
         [
             ({"arms": {"contrastive": {}}}, "arms.plain: all arms are compared"),
-            ({"arms": TINY["arms"] | {"contrastive": {"k": 9}}}, "k: must be at most baselines.k = 3"),
+            ({"arms": TINY["arms"] | {"contrastive": {"k": 9}}}, "baselines.k: must be at least the 9 baselines that arms.contrastive reads, got 3"),
             ({"arms": TINY["arms"] | {"contrastive": {"scale_kl": False}}}, "scale_kl: the study decides"),
             ({"arms": TINY["arms"] | {"RLOO": {"advantage": "rloo"}}}, "arms.RLOO: advantage = rloo with reward"),
             ({"arms": TINY["arms"] | {"UWO": {"reward": "plain", "members": 0}}}, "arms.UWO.members"),
@@ -277,6 +280,21 @@ class TestGrid:
         with pytest.raises(InputError, match=r"noise systematic, rate 0\.95"):
             run_policy_study(study(cells=cells, recommended=None), tmp_path / "out")
         assert not (tmp_path / "out" / "seeds" / "0" / "sft").exists()
+
+
+def test_a_reward_model_may_be_trained_otherwise(tmp_path: Path, one_thread: None) -> None:
+    cells = [{"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE"], "arm": "plain"}]
+    made = study(cells=cells, recommended=None, seeds=[0])
+    found = run_policy_study(made, tmp_path / "out")
+    data = [("systematic 20 %", name) for name in ("none", "SimCSE")]
+    plain, other = (json.loads((reward_of(tmp_path / "out", 0, d) / "config.json").read_text()) for d in data)
+    assert {name for name in plain if plain[name] != other[name]} == {"data", "contrastive", "optim"}
+    assert other["contrastive"]["method"] == "simcse"
+    assert other["optim"] == plain["optim"] | {"lr": 2e-3}
+    pairs = [load_preferences(labels_of(tmp_path / "out", 0, d)).preferences for d in data]
+    assert [(p.id, p.chosen, p.flip_prob) for p in pairs[0]] == [(p.id, p.chosen, p.flip_prob) for p in pairs[1]]
+    assert not list((tmp_path / "out").rglob("strength"))
+    assert {(e["repair"], e["arm"]) for e in found["ends"]} == {("none", "plain"), ("SimCSE", "plain")}
 
 
 class TestStudy:

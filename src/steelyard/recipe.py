@@ -28,6 +28,8 @@ C = TypeVar("C", bound=Config)
 Settings = dict[str, Any]
 
 METHODS = ("ppo", "dpo")
+# Of a reward model's training: what decides which pairs are read, in which order, and where.
+_ALIKE = {"data", "model", "validation", "margin_in_flip", "max_length", "on_overlong", "on_invalid", "device", "seed"}
 _OF_ARMS = {"method", "rm", "data"}  # what a policy arm has beside the fields of its stage
 
 
@@ -73,7 +75,8 @@ class Recipe(Config):
     scorings: tuple[Scoring, ...] = Field(("out-of-fold",), description="which strengths are measured")
     repair_from: Scoring = Field("out-of-fold", description="the strength that repairs read")
     repair: dict[str, Settings] = Field(
-        default_factory=lambda: {"plain": {"recipe": "keep"}}, description="arm -> fields of `steelyard repair`"
+        default_factory=lambda: {"plain": {"recipe": "keep"}},
+        description="arm -> fields of `steelyard repair`, and `reward`: what differs in its reward model's training",
     )
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all arms")
     policy: PolicyConfig | None = Field(None, description="baselines, PPO and evaluation; none given: stop before")
@@ -119,11 +122,31 @@ def strength_config(recipe: Recipe, scoring: Scoring, *, data: str, model: str) 
     return build(StrengthConfig, "strength", settings, data=data, model=model, scoring=scoring)
 
 
+def repair_arm(where: str, settings: Mapping[str, Any]) -> tuple[RepairOptions, Settings]:
+    """(how an arm's pairs are repaired, what is different in the training of its reward model: its `reward`)."""
+    own = dict(settings)
+    reward = own.pop("reward", {})
+    if not isinstance(reward, dict):
+        raise InputError(f"{where}.reward: must hold fields of `steelyard train reward`, got {reward!r}")
+    if alike := _ALIKE & set(reward):
+        raise InputError(f"{where}.reward: {', '.join(sorted(alike))}: must be the same for all arms; use `reward`")
+    return build(RepairOptions, where, own), reward
+
+
 def reward_config(
-    recipe: Recipe, options: RepairOptions, *, data: str, model: str, validation: dict[str, str]
+    recipe: Recipe,
+    options: RepairOptions,
+    own: Mapping[str, Any] | None = None,
+    *,
+    data: str,
+    model: str,
+    validation: dict[str, str],
 ) -> RewardConfig:
-    """Settings of one arm's reward model."""
+    """Settings of one arm's reward model: the shared ones, and over them the arm's `own`, section by section."""
     settings = _everywhere(recipe) | recipe.reward
+    for name, value in (own or {}).items():
+        shared = settings.get(name)
+        settings[name] = shared | value if isinstance(shared, dict) and isinstance(value, dict) else value
     fixed = {"data": data, "model": model, "validation": validation, "margin_in_flip": options.margin_in_flip}
     return build(RewardConfig, "reward", settings, **fixed)
 
@@ -304,10 +327,10 @@ def _check_stages(recipe: Recipe) -> None:
         except InputError as error:
             raise InputError(f"strength: {error}") from None
     for name, settings in recipe.repair.items():
-        options = build(RepairOptions, f"repair.{name}", settings)
+        options, own = repair_arm(f"repair.{name}", settings)
         if options.recipe == "oracle flip" and recipe.data is not None and recipe.data.truth_column is None:
             raise InputError(f"repair.{name}: oracle flip needs the truth: name its column in data.truth_column")
-        reward_config(recipe, options, data="", model="", validation={})
+        reward_config(recipe, options, own, data="", model="", validation={})
 
 
 def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
@@ -353,7 +376,7 @@ def _check_dpo(recipe: Recipe, policy: PolicyConfig) -> None:
     _dpo("policy.dpo", policy.dpo, RepairOptions(), paths, data="", model="")
     for name in arms_by(policy, "dpo"):
         data = arm_data(recipe, policy, name)
-        options = build(RepairOptions, f"repair.{data}", recipe.repair[data])
+        options, _ = repair_arm(f"repair.{data}", recipe.repair[data])
         dpo_config(recipe, policy, name, options, data="", model="", **paths)
 
 

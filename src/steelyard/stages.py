@@ -29,12 +29,12 @@ from steelyard.recipe import (
     arm_reward,
     arms_by,
     baseline_config,
-    build,
     dpo_config,
     evaluation_config,
     evaluation_length,
     needs_baselines,
     ppo_config,
+    repair_arm,
     reward_config,
     sft_config,
     strength_config,
@@ -184,7 +184,7 @@ def repair_all(
     wrong = None if files.truth is None else {i for i, t in files.truth.items() if t < 0}
     arms = {}
     for name, settings in recipe.repair.items():
-        options = build(RepairOptions, f"repair.{name}", settings)
+        options, _ = repair_arm(f"repair.{name}", settings)
         repaired, changes = repair(preferences, strengths, options, wrong=wrong)
         path = out / "repair" / f"{name.replace(' ', '-')}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,8 @@ def reward_models(
     """One reward model for each repaired data set."""
     jobs = []
     for name, (data, options) in arms.items():
-        config = reward_config(recipe, options, data=data, model=model, validation=files.validation)
+        _, own = repair_arm(f"repair.{name}", recipe.repair[name])
+        config = reward_config(recipe, options, own, data=data, model=model, validation=files.validation)
         jobs.append((config, out / "rm" / name))
     run_jobs(
         _train_reward,

@@ -39,7 +39,7 @@ from steelyard.study.policy_config import (
     needs_baselines,
     ppo_config,
     recipe_of,
-    repair_options,
+    repair_of,
 )
 from steelyard.study.policy_jobs import (
     EXAMINED,
@@ -136,13 +136,17 @@ def repair_all(study: PolicyStudy, grid: Sequence[Cell], out: Path) -> None:
                 continue
             labelled = labels_of(out, seed, (data[0], AS_LABELLED))
             pairs = load_preferences(labelled).preferences
+            options, _ = repair_of(study, data[1])
+            if options.recipe == "keep":
+                write_preferences(pairs, path)
+                continue
             recipe = recipe_of(study, seed)
             model = start_of(study, out, seed)
             config = strength_config(recipe, study.scoring, data=str(labelled), model=model)
             folder = of_seed(out, seed) / "strength" / data[0].replace(" %", "")
             strengths = measure(config, pairs, folder, resume=True, quiet=True)
             wrong = {p.id for p in pairs if gold(p.prompt, p.chosen) < gold(p.prompt, p.rejected)}
-            repaired, _ = repair(pairs, strengths, repair_options(study, data[1]), wrong=wrong)
+            repaired, _ = repair(pairs, strengths, options, wrong=wrong)
             write_preferences(repaired, path)
             print(f"  {data[0]}, {data[1]}, seed {seed}: repaired", flush=True)
 
@@ -179,7 +183,7 @@ def reward_job(study: PolicyStudy, seed: int, data: tuple[str, str], member: int
     settings = {"eval_every": None} | recipe.reward | {"seed": seed + NEW_MEMBER * member}
     recipe = recipe.model_copy(update={"reward": settings})
     start, pairs = start_of(study, out, seed), str(labels_of(out, seed, data))
-    return reward_config(recipe, repair_options(study, data[1]), data=pairs, model=start, validation={})
+    return reward_config(recipe, *repair_of(study, data[1]), data=pairs, model=start, validation={})
 
 
 def _baselines(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> dict[tuple[int, str, str], str]:

@@ -17,7 +17,16 @@ from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.measure import Scoring
 from steelyard.ppo_settings import PPOConfig
-from steelyard.recipe import Recipe, Settings, build, reward_config, sft_config, strength_config, world_config
+from steelyard.recipe import (
+    Recipe,
+    Settings,
+    build,
+    repair_arm,
+    reward_config,
+    sft_config,
+    strength_config,
+    world_config,
+)
 from steelyard.simulate.annotators import AnnotatorConfig, Bias
 from steelyard.train.dpo import DPOConfig
 
@@ -99,7 +108,10 @@ class PolicyStudy(Config):
     sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
     strength: Settings = Field(default_factory=dict, description="fields of `steelyard strength`; repairs read it")
     scoring: Scoring = Field("out-of-fold", description="the strength that repairs read")
-    repairs: dict[str, Settings] = Field(default_factory=dict, description="name -> fields of `steelyard repair`")
+    repairs: dict[str, Settings] = Field(
+        default_factory=dict,
+        description="name -> fields of `steelyard repair`, and `reward`: what differs in the reward model's training",
+    )
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all models")
     baselines: Settings = Field(default_factory=dict, description="offline sampling: fields of `steelyard sample`")
     ppo: Settings = Field(default_factory=dict, description="fields of `steelyard train ppo`, for all its arms")
@@ -224,13 +236,13 @@ def dpo_config(study: PolicyStudy, cell: Cell, seed: int, *, data: str, model: s
     own = {n: v for n, v in study.arms[cell.arm].items() if n not in OF_ARMS}
     settings = {"seed": seed, "device": study.device, "eval_every": None} | study.dpo | own
     if settings.get("use_margin", True) and "margin_in_flip" not in settings:
-        settings["margin_in_flip"] = repair_options(study, cell.repair).margin_in_flip
+        settings["margin_in_flip"] = repair_of(study, cell.repair)[0].margin_in_flip
     return build(DPOConfig, f"arms.{cell.arm}", settings, data=data, model=model)
 
 
-def repair_options(study: PolicyStudy, name: str) -> RepairOptions:
-    """The options of a repair; those of `keep` for the labels as they are."""
-    return build(RepairOptions, f"repairs.{name}", study.repairs.get(name, {"recipe": "keep"}))
+def repair_of(study: PolicyStudy, name: str) -> tuple[RepairOptions, Settings]:
+    """(a repair's options, what differs in its reward model's training); `keep` for the labels as they are."""
+    return repair_arm(f"repairs.{name}", study.repairs.get(name, {"recipe": "keep"}))
 
 
 def baseline_config(study: PolicyStudy, seed: int, *, policy: str, prompts: str, reward_model: str) -> BaselineConfig:
@@ -315,14 +327,14 @@ def _check_stages(study: PolicyStudy) -> None:
             "evaluate.sampling: policies must answer as they are, for the KL is the mean log-ratio of these answers at "
             f"temperature 1; leave out {', '.join(f'{n} = {x:g}' for n, x in bent.items())}"
         )
-    if any(cell.repair != AS_LABELLED for cell in study.grid()):
+    if any(repair_of(study, cell.repair)[0].recipe != "keep" for cell in study.grid()):
         config = strength_config(recipe, study.scoring, data="", model="")
         try:
             measure.check(config)
         except InputError as error:
             raise InputError(f"strength: {error}") from None
     for cell in study.grid():
-        reward_config(recipe, repair_options(study, cell.repair), data="", model="", validation={})
+        reward_config(recipe, *repair_of(study, cell.repair), data="", model="", validation={})
         annotators(study, cell)
         _check_cell(study, cell)
     baseline_config(study, 0, policy="", prompts="", reward_model="")
