@@ -74,6 +74,8 @@ class _Operations(TorchDispatchMode):
             self._check(func, args, tensors, here)
             if func in _READS:
                 self.pretence.reads[func.overloadpacket.__name__] += 1
+            if func in _INDEXED and any(x.dtype == torch.bool for x in tree_iter(args[1]) if isinstance(x, Tensor)):
+                self.pretence.reads["places where a mask is true"] += 1  # how many there are is read
             self.pretence.put([x for x, at in zip(tensors, here, strict=True) if at == ANYWHERE], CUDA)
         with torch._C.DisableTorchFunction():
             found = func(*args, **(kwargs or {}))

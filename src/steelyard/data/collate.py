@@ -47,13 +47,13 @@ class TreeBatch:
     """Trees with K responses each as one flat row of T tokens.
 
     `tree_T` and `branch_T` say to which tree a token belongs, and to its prompt (0) or its response (1 ... K).
-    `response_BKR` are the response tokens, valid where `mask_BKR`; `at_BKR` is each one's place in the row and
-    `before_BKR` the place of the token that precedes it in its own sequence (for a response's first token the
-    prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at which the
-    response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them. `read_n`,
-    rising, are the places whose last state will be read, by `reads`: `last_BK` or the distinct `before_BKR`. In
-    `read_blocks` these alone are queries, numbered from 0. On a GPU there are no blocks: attention follows `tree_T` and
-    `branch_T` there.
+    `response_BKR` are the response tokens, valid where `mask_BKR`: at `real_r` of its flat places. `at_BKR` is each
+    one's place in the row and `before_BKR` the place of the token that precedes it in its own sequence (for the first
+    of a response the prompt's last): where the state is read from which the token was drawn. `last_BK` is the place at
+    which the response is scored. `blocks` say who attends to whom; every token is a query of exactly one of them.
+    `read_n`, rising, are the places whose last state will be read, by `reads`: `last_BK` or the distinct `before_BKR`.
+    In `read_blocks` these alone are queries, numbered from 0. On a GPU there are no blocks: attention follows `tree_T`
+    and `branch_T` there.
     """
 
     ids_T: Int[Tensor, "T"]
@@ -62,6 +62,7 @@ class TreeBatch:
     branch_T: Int[Tensor, "T"]
     response_BKR: Int[Tensor, "B K R"]
     mask_BKR: Bool[Tensor, "B K R"]
+    real_r: Int[Tensor, "r"]
     at_BKR: Int[Tensor, "B K R"]
     before_BKR: Int[Tensor, "B K R"]
     last_BK: Int[Tensor, "B K"]
@@ -136,6 +137,7 @@ def collate(
         branch_T=tensor(np.concatenate(branch_of)),
         response_BKR=tensor(response),
         mask_BKR=tensor(mask),
+        real_r=tensor(np.flatnonzero(mask)),  # found here: on a GPU, looking for them would wait for it
         at_BKR=tensor(at),
         before_BKR=tensor(before),
         last_BK=tensor(last),

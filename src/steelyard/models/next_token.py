@@ -78,14 +78,13 @@ class Seen:
         said = torch.arange(1, R + 1, device=device).expand(B, K, R)
         said = torch.where(batch.mask_BKR, said, R)
         first.scatter_reduce_(2, batch.response_BKR, said, "amin")
-        prompt = batch.branch_T == 0
-        first.permute(0, 2, 1)[batch.tree_T[prompt], batch.ids_T[prompt]] = 0
-        self.first_GV = first.flatten(0, 1)
-        response, place = batch.mask_BKR.flatten(0, 1).nonzero(as_tuple=True)
-        self.response_n, self.place_n = response, place
+        in_prompt = torch.full((B * vocabulary,), R, device=device)
+        in_prompt.scatter_reduce_(0, batch.tree_T * vocabulary + batch.ids_T, batch.branch_T.clamp(max=1) * R, "amin")
+        self.first_GV = torch.minimum(first, in_prompt.view(B, 1, vocabulary)).flatten(0, 1)
+        self.response_n, self.place_n = batch.real_r // R, batch.real_r % R
 
     def __getitem__(self, part: slice) -> Bool[Tensor, "n V"]:
-        """For some of the response tokens, in the order of `mask_BKR.nonzero()`."""
+        """For some of the response tokens, in the order of `real_r`."""
         return self.first_GV[self.response_n[part]] <= self.place_n[part, None]
 
 

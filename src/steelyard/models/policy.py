@@ -188,8 +188,8 @@ class PolicyModel(nn.Module):
         """What `read` makes of (logits, shaped logits, tokens, nucleus) at every response token."""
         mask, head = batch.mask_BKR, self.hf.get_output_embeddings()
         # index_select: its gradient is a plain, ordered sum.
-        states = states_TD.index_select(0, batch.before_BKR[mask])
-        tokens: Int[Tensor, "n"] = batch.response_BKR[mask]
+        states = states_TD.index_select(0, batch.before_BKR.flatten()[batch.real_r])
+        tokens: Int[Tensor, "n"] = batch.response_BKR.flatten()[batch.real_r]
         seen = Seen(batch, head.weight.shape[0]) if how.repetition_penalty != 1.0 else None
 
         def part(states_nD: Tensor, where: slice, allowed: Nucleus | None) -> tuple[Tensor, ...]:
@@ -205,9 +205,9 @@ class PolicyModel(nn.Module):
         for start, n, allowed in zip(starts, sizes, nuclei, strict=True):
             arguments = (states[start : start + n], slice(start, start + n), allowed)
             results.append(checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments))
-        places = mask.nonzero(as_tuple=True)
-        blank = torch.zeros(mask.shape, device=mask.device)
-        return tuple(blank.index_put(places, torch.cat(column)) for column in zip(*results, strict=True))
+        blank = torch.zeros(mask.numel(), device=mask.device)
+        columns = (torch.cat(column) for column in zip(*results, strict=True))
+        return tuple(blank.index_put((batch.real_r,), column).view(mask.shape) for column in columns)
 
     def adapt(self, config: LoraConfig, *, seed: int) -> None:
         """Put LoRA adapters in, which alone are trained then; `models.lora.without_adapters` turns them off.

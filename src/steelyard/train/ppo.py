@@ -307,27 +307,31 @@ def backward(
     `per_token_BKR`: log-probabilities when sampled, advantages, and with a critic values when sampled and returns.
     `kept`: the nucleus when sampled.
     """
-    mask, sums = batch.mask_BKR, torch.zeros(4, dtype=torch.float64, device=batch.mask_BKR.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=batch.real_r.device)
     old, advantage, *critic = per_token_BKR
-    learns, states, loss = step > config.critic_warmup, None, torch.zeros((), device=mask.device)
+    learns, states, loss = step > config.critic_warmup, None, torch.zeros((), device=sums.device)
+
+    def over_tokens(x: Tensor) -> Tensor:
+        return x.flatten()[batch.real_r].sum()
+
     if learns or models.shared:
         with torch.set_grad_enabled(learns):
             states = models.policy.states(batch)
     if learns and states is not None:
         now = models.logprobs(states, batch, kept)
         policy_loss, clipped = clipped_surrogate(now, old, advantage, clip=config.clip)
-        loss = policy_loss[mask].sum() / total
+        loss = over_tokens(policy_loss) / total
         moved = kl_k3(old, now.detach())
         for place, x in ((0, policy_loss), (1, clipped), (3, moved)):
-            sums[place] = x.detach()[mask].sum()
+            sums[place] = over_tokens(x.detach())
     if learns and not models.shared:
         # Before the critic's pass, so that only one of the two graphs is in memory.
         loss.backward()
     if critic and (values := models.values(batch, states)) is not None:
         critic_loss = value_loss(values, *critic, clip=config.value_clip)
-        value = critic_loss[mask].sum() / total
+        value = over_tokens(critic_loss) / total
         (loss + config.value_coef * value if models.shared else value).backward()
-        sums[2] = critic_loss.detach()[mask].sum()
+        sums[2] = over_tokens(critic_loss.detach())
     return sums
 
 
