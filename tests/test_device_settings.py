@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -11,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from steelyard import iterate
+from steelyard import config, iterate
 from steelyard.errors import InputError
 from steelyard.iterate import Round, RoundsConfig
 from steelyard.models import load
@@ -31,6 +32,7 @@ from steelyard.study.metarm import MetaRMStudy
 from steelyard.study.policy_config import PolicyStudy
 from steelyard.study.rounds import RoundsStudy
 from steelyard.study.strength import StrengthStudy
+from steelyard.train.metarm import MetaRMConfig
 from steelyard.train.reward import RewardConfig
 from steelyard.types import Preference, Strength
 
@@ -164,6 +166,42 @@ class TestWhereItGoes:
 
     def test_jobs_on_a_gpu_run_one_by_one(self) -> None:
         assert default_workers("cuda") == default_workers("cuda:1") == 1
+
+
+class TestFastestPrecision:
+    @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+    def test_auto_becomes_what_is_faster(self, faster: str, tmp_path: Path) -> None:
+        with mock.patch.object(config, "fastest_precision", return_value=faster) as measured:
+            made = RewardConfig(data="d", model="m", precision="auto")
+            assert made.precision == faster
+            measured.assert_called_once_with("cpu")
+            args = ["--data", "d", "--model", "m", "--precision", "auto"]
+            read, _ = parse(RewardConfig, args, verb="train reward", about="")
+            assert read.precision == faster
+            RunDir.open(tmp_path, made, resume=False).close()
+        assert json.loads((tmp_path / "config.json").read_text())["precision"] == faster
+
+    def test_it_is_asked_of_the_device(self, one_gpu: None) -> None:
+        with mock.patch.object(config, "fastest_precision", return_value="bfloat16") as measured:
+            assert RewardConfig(data="d", model="m", precision="auto", device="cuda").precision == "bfloat16"
+        measured.assert_called_once_with("cuda")
+
+    @pytest.mark.parametrize(
+        ("bfloat16", "float32", "faster"), [(1.0, 2.0, "bfloat16"), (1.0, 1.1, "float32"), (2.0, 1.0, "float32")]
+    )
+    def test_the_shortest_of_a_few_products_counts(self, bfloat16: float, float32: float, faster: str) -> None:
+        times = [t for seconds in (bfloat16, float32) for longer in (5, 1, 0, 3) for t in (0.0, seconds + longer)]
+        config.fastest_precision.cache_clear()
+        with mock.patch.object(time, "perf_counter", side_effect=times):
+            assert config.fastest_precision("cpu") == faster
+        config.fastest_precision.cache_clear()
+
+    def test_metarm_stays_exact(self) -> None:
+        with (
+            mock.patch.object(config, "fastest_precision", return_value="bfloat16"),
+            pytest.raises(ValidationError, match="must be float32"),
+        ):
+            MetaRMConfig(data="d", model="m", meta="x", precision="auto")
 
 
 class TestSlowBfloat16:
