@@ -186,6 +186,10 @@ class TestFastestPrecision:
             assert RewardConfig(data="d", model="m", precision="auto", device="cuda").precision == "bfloat16"
         measured.assert_called_once_with("cuda")
 
+    def test_a_recipe_scores_as_it_trains(self) -> None:
+        with mock.patch.object(config, "fastest_precision", return_value="bfloat16"):
+            assert build_reward(Recipe(world={}, reward={"precision": "auto"}))["precision"] == "bfloat16"
+
     @pytest.mark.parametrize(
         ("bfloat16", "float32", "faster"), [(1.0, 2.0, "bfloat16"), (1.0, 1.1, "float32"), (2.0, 1.0, "float32")]
     )

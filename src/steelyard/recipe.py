@@ -29,7 +29,8 @@ Settings = dict[str, Any]
 
 METHODS = ("ppo", "dpo")
 # Of a reward model's training: what decides which pairs are read, in which order, and where.
-_ALIKE = {"data", "model", "validation", "margin_in_flip", "max_length", "on_overlong", "on_invalid", "device", "seed"}
+_ALIKE = {"data", "model", "validation", "margin_in_flip", "max_length", "on_overlong", "on_invalid"}
+_ALIKE |= {"precision", "device", "seed"}
 _OF_ARMS = {"method", "rm", "data"}  # what a policy arm has beside the fields of its stage
 
 

@@ -231,10 +231,8 @@ def examine_all(recipe: Recipe, files: Files, arms: Sequence[str], out: Path) ->
 
 def build_reward(recipe: Recipe) -> Settings:
     """The tokenisation settings that scoring must share with training."""
-    fields = RewardConfig.model_fields
-    names = ("max_length", "on_overlong", "max_tokens", "precision")
-    found = {name: recipe.reward.get(name, fields[name].default) for name in names}
-    return found | {"device": recipe.reward.get("device", recipe.device)}
+    config = reward_config(recipe, RepairOptions(), data="", model="", validation={})
+    return {name: getattr(config, name) for name in ("max_length", "on_overlong", "max_tokens", "precision", "device")}
 
 
 def examine_model(folder: str, validation: dict[str, str], settings: Settings) -> dict[str, Any]:
