@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,16 @@ class TestGrid:
         assert Cell("systematic", 0.2, "none", "DPO", None) in grid
         assert Cell(*NOISY, "contrastive", 0.05) in grid
         assert len({c.place for c in grid}) == len(grid)
+
+    def test_cells_of_the_same_labels_stand_together(self) -> None:
+        later = {"noise": ["systematic", "uniform"], "rate": 0.2, "arm": "RLOO"}
+        grid = study(cells=[*TINY["cells"], later], recommended=None).grid()
+        runs = [key for key, _ in itertools.groupby(grid, key=lambda c: c.data)]
+        assert len(runs) == len(set(runs))
+        assert [world for world, _ in itertools.groupby(c.world for c in grid)] == [
+            "clean", "uniform 20 %", "systematic 20 %",
+        ]  # fmt: skip
+        assert [c.arm for c in grid if c.data == ("uniform 20 %", "none")] == ["plain", "RLOO"]
 
     def test_controls(self) -> None:
         cells = [*TINY["cells"], {"noise": "systematic", "rate": 0.2, "arm": ["plain", "contrastive"], "kl_coef": 0}]

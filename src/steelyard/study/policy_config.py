@@ -132,14 +132,15 @@ class PolicyStudy(Config):
     threads: int = Field(1, ge=1, description="threads of each of them")
 
     def grid(self) -> list[Cell]:
-        """The cells, each once, in the order of the file."""
+        """The cells, each once; in the order of the file, but those of the same labels and repair together."""
         found: dict[Cell, None] = {}
         for block in self.cells:
             for noise, rate, repair, arm in product(block.noise, block.rate, block.repair, block.arm):
                 kind = "none" if rate == 0 else noise
                 for weight in self._weights(arm, block.kl_coef):
                     found[Cell(kind, rate, repair, arm, weight)] = None
-        return list(found)
+        worlds, data = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("world", "data"))
+        return sorted(found, key=lambda c: (worlds.index(c.world), data.index(c.data)))
 
     def _weights(self, arm: str, given: tuple[float, ...] | None) -> tuple[float | None, ...]:
         return (None,) if is_dpo(self, arm) else given or (self.kl_coef,)
