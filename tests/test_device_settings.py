@@ -12,11 +12,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from conftest import Folders
 from steelyard import config, iterate
 from steelyard.errors import InputError
 from steelyard.iterate import Round, RoundsConfig
 from steelyard.models import load
 from steelyard.models.next_token import Nucleus
+from steelyard.models.policy import PolicyModel
 from steelyard.parallel import default_workers
 from steelyard.ppo_settings import PPOConfig, check
 from steelyard.recipe import PolicyConfig, Recipe, baseline_config, evaluation_config, ppo_config, strength_config
@@ -199,6 +201,12 @@ class TestFastestPrecision:
         with mock.patch.object(time, "perf_counter", side_effect=times):
             assert config.fastest_precision("cpu") == faster
         config.fastest_precision.cache_clear()
+
+    def test_only_configurations_choose(self, language_model: Folders) -> None:
+        with pytest.raises(ValueError, match="a model computes in float32 or bfloat16"):
+            PolicyModel.load(language_model("llama"), precision="auto")
+        with pytest.raises(ValidationError, match="activation_precision"):
+            RewardConfig(data="d", model="m", activation_cache="c", activation_precision="auto")  # type: ignore[arg-type]
 
     def test_metarm_stays_exact(self) -> None:
         with (

@@ -25,13 +25,18 @@ class Config(BaseModel):
         if not isinstance(values, Mapping):
             return values
         completed = dict(values)
-        if completed.get("precision") == "auto" and "precision" in cls.model_fields:
-            completed["precision"] = fastest_precision(str(completed.get("device", "cpu")))
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True) if isinstance(values.get(name), Mapping) else None
             if isinstance(default, Config):
                 completed[name] = default.model_dump(exclude_unset=True) | dict(values[name])
         return completed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measure_precision(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("precision") != "auto" or "precision" not in cls.model_fields:
+            return values
+        return {**values, "precision": fastest_precision(str(values.get("device", "cpu")))}
 
     def given(self) -> set[str]:
         """The fields that somebody chose, to refuse those that would have no effect.

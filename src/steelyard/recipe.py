@@ -29,8 +29,7 @@ Settings = dict[str, Any]
 
 METHODS = ("ppo", "dpo")
 # Of a reward model's training: what decides which pairs are read, in which order, and where.
-_ALIKE = {"data", "model", "validation", "margin_in_flip", "max_length", "on_overlong", "on_invalid"}
-_ALIKE |= {"precision", "device", "seed"}
+_ALIKE = {"max_length", "on_overlong", "on_invalid", "precision", "device", "seed"}
 _OF_ARMS = {"method", "rm", "data"}  # what a policy arm has beside the fields of its stage
 
 
@@ -123,6 +122,12 @@ def strength_config(recipe: Recipe, scoring: Scoring, *, data: str, model: str) 
     return build(StrengthConfig, "strength", settings, data=data, model=model, scoring=scoring)
 
 
+def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Settings:
+    """An arm's `own` settings over the `shared` ones, section by section."""
+    both = {n: merged(shared[n], v) for n, v in own.items() if isinstance(v, dict) and isinstance(shared.get(n), dict)}
+    return {**shared, **own, **both}
+
+
 def repair_arm(where: str, settings: Mapping[str, Any]) -> tuple[RepairOptions, Settings]:
     """(how an arm's pairs are repaired, what is different in the training of its reward model: its `reward`)."""
     own = dict(settings)
@@ -144,10 +149,7 @@ def reward_config(
     validation: dict[str, str],
 ) -> RewardConfig:
     """Settings of one arm's reward model: the shared ones, and over them the arm's `own`, section by section."""
-    settings = _everywhere(recipe) | recipe.reward
-    for name, value in (own or {}).items():
-        shared = settings.get(name)
-        settings[name] = shared | value if isinstance(shared, dict) and isinstance(value, dict) else value
+    settings = merged(_everywhere(recipe) | recipe.reward, own or {})
     fixed = {"data": data, "model": model, "validation": validation, "margin_in_flip": options.margin_in_flip}
     return build(RewardConfig, "reward", settings, **fixed)
 

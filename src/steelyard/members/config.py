@@ -13,7 +13,7 @@ from steelyard.config import Config, Device
 from steelyard.data.encode import OnOverlong
 from steelyard.data.load import OnInvalid
 from steelyard.errors import InputError
-from steelyard.models.trunk import Precision
+from steelyard.models.trunk import Precision, Stored
 from steelyard.strength import ActionRule, out_of_fold_plan
 from steelyard.train.optim import OptimConfig
 
@@ -71,7 +71,7 @@ class StrengthConfig(Config):
     activation_cache: str | None = Field(
         None, description="layers: folder for the frozen layers' outputs; none given: `activations` beside the run"
     )
-    activation_precision: Precision = Field("float32", description="layers: how those outputs are stored")
+    activation_precision: Stored = Field("float32", description="layers: how those outputs are stored")
     temperature: float | None = Field(
         None, gt=0, description="of p_flip; none given: fitted to held-out margins (out-of-fold) or 1 (in-sample)"
     )

@@ -30,12 +30,12 @@ from steelyard.data.encode import Tree
 from steelyard.errors import InputError
 from steelyard.models import scoring
 from steelyard.models.reward import RewardModel
-from steelyard.models.trunk import Precision, in_parts, run_trunk
+from steelyard.models.trunk import Stored, in_parts, run_trunk
 
 PARTS = 16  # locks of one folder: as many processes can build at once
 SHARD_BYTES = 1 << 28  # of states: what a killed build loses at most
 _INDEX = np.dtype([("key", np.uint8, (16,)), ("start", np.int64), ("tokens", np.int64)])
-_STORED: dict[Precision, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+_STORED: dict[Stored, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
 def _require_parts(model: RewardModel) -> None:
@@ -86,7 +86,7 @@ class TrunkCache:
         *,
         source: str,
         cut: int,
-        states: Precision = "float32",
+        states: Stored = "float32",
     ) -> None:
         depth = int(model.hf.config.get_text_config().num_hidden_layers)
         _require_parts(model)

@@ -60,7 +60,9 @@ def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", **kwargs: 
 
 
 def say_if_slow(precision: Precision, device: torch.device) -> None:
-    """Warn, once a process, of bfloat16 on a CPU that has no instructions for it."""
+    """Warn, once a process, of bfloat16 on a CPU that has no instructions for it. Raises ValueError for "auto"."""
+    if precision == "auto":
+        raise ValueError("precision: a model computes in float32 or bfloat16; `config.fastest_precision` chooses one")
     if precision == "bfloat16" and device.type == "cpu" and not _has_bfloat16():
         _say_slow()
 

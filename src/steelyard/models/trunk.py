@@ -22,7 +22,8 @@ from steelyard.errors import InputError
 from steelyard.models.attention import tree_attention
 from steelyard.models.pointwise import rms_norm, rotate, swiglu
 
-Precision = Literal["float32", "bfloat16", "auto"]  # auto: `config.fastest_precision` puts another in its place
+Stored = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "auto"]  # auto: configurations put `config.fastest_precision` in its place
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")

@@ -20,7 +20,7 @@ from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import Recipe, Settings, build, check
+from steelyard.recipe import Recipe, Settings, build, check, merged
 from steelyard.stages import GOLD, Files, prepare, sft
 from steelyard.study.contrastive import require_arms
 from steelyard.study.folder import Curve, StudyFolder, difference_table
@@ -117,10 +117,7 @@ def rounds_config(
     own = study.arms[arm]
     kind = own.get("reward", study.iterate.get("reward", RoundsConfig.model_fields["reward"].default))
     given: Settings = {"device": study.device} | study.iterate
-    settings = {name: value for name, value in given.items() if name not in IDLE.get(kind, set())}
-    for name, value in own.items():
-        shared = settings.get(name)
-        settings[name] = shared | value if isinstance(shared, dict) and isinstance(value, dict) else value
+    settings = merged({name: value for name, value in given.items() if name not in IDLE.get(kind, set())}, own)
     filled: Settings = {"prompts": "", "eval_prompts": "", "validation": {}}
     if files is not None:
         prompts = files.eval_prompts or files.prompts

@@ -27,7 +27,7 @@ from steelyard.members.lora import require_peft
 from steelyard.members.run import prepare as prepare_members
 from steelyard.members.run import shared_tokens
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names
+from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names, merged
 from steelyard.recipe import check as check_recipe
 from steelyard.run_dir import write_json_atomic
 from steelyard.stages import Files, prepare, sft
@@ -144,18 +144,8 @@ def config_of(
     one = {} if kind == "head" else {"workers": 1}
     filled: Settings = {"data": data, "model": model, "scoring": scoring, "members": max(study.sizes)}
     filled |= {"seed": APART * seed, "backend": kind} | one
-    given = _merged(shared, {name: value for name, value in own.items() if name != "backend"})
+    given = merged(shared, {name: value for name, value in own.items() if name != "backend"})
     return build(StrengthConfig, f"backends.{backend}", given, **filled)
-
-
-def _merged(shared: Settings, own: Settings) -> Settings:
-    """The backend's own settings over the shared ones, section by section."""
-    both = {name: _merged(shared[name], value) for name, value in own.items() if _is_section(shared.get(name), value)}
-    return shared | own | both
-
-
-def _is_section(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _prepare(study: StrengthStudy, seed: int, place: Path) -> Files:

@@ -27,7 +27,7 @@ from steelyard.group import ALONE, Group, GroupRun
 from steelyard.losses.meta import reduce_gradients
 from steelyard.models.cache import TrunkCache, lower_layers
 from steelyard.models.reward import RewardModel
-from steelyard.models.trunk import Precision
+from steelyard.models.trunk import Precision, Stored
 from steelyard.progress import Progress
 from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
 from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
@@ -58,7 +58,7 @@ class RewardConfig(Config):
         description="folder for the frozen layers' outputs: computed once, read by every run on the same pairs, "
         "repaired or not; needs trainable_layers",
     )
-    activation_precision: Precision = Field(
+    activation_precision: Stored = Field(
         "float32", description="how those outputs are stored; bfloat16 takes half the disk and rounds them"
     )
     margin_in_flip: bool = Field(True, description="whether the margin also enters the flipped term of a soft label")
