@@ -57,5 +57,5 @@ def lora_member(
     for step, chosen in enumerate(batches(len(trees), member.batch_size, seed, 0, steps)):
         set_rate(optimizer, optim.rate(step, steps))
         reward_step(model, [pairs[i] for i in chosen], [trees[i] for i in chosen], encoder, settings)
-        take_step(optimizer, optim, step + 1, of=f"member {m}", remedy="Lower lora.lr")
+        take_step(optimizer, optim, step + 1, of="member", remedy="Lower lora.lr")
     return model.score(judged, pad_id=pad_id, max_tokens=config.max_tokens)
