@@ -299,7 +299,7 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"repair": {"a": {"recipe": "keep", "q": 0.1}}}, "^repair.a: recipe 'keep' does not read q"),
         ({"repair": {"a": {"recipe": "flip", "q": 2}}}, "^repair.a.q: must be at most 1, got 2"),
         ({"reward": {"epochz": 2}}, "^reward.epochz: no such setting"),
-        ({"repair": {"a": {"recipe": "keep", "reward": {"epochz": 2}}}}, "^reward.epochz: no such setting"),
+        ({"repair": {"a": {"recipe": "keep", "reward": {"epochz": 2}}}}, "^repair.a: reward.epochz: no such setting"),
         ({"repair": {"a": {"recipe": "keep", "reward": 3}}}, "^repair.a.reward: must hold fields of"),
         (
             {"repair": {"a": {"recipe": "keep", "reward": {"seed": 3, "max_length": 9}}}},

@@ -147,11 +147,12 @@ def reward_config(
     data: str,
     model: str,
     validation: dict[str, str],
+    where: str = "reward",
 ) -> RewardConfig:
     """Settings of one arm's reward model: the shared ones, and over them the arm's `own`, section by section."""
     settings = merged(_everywhere(recipe) | recipe.reward, own or {})
     fixed = {"data": data, "model": model, "validation": validation, "margin_in_flip": options.margin_in_flip}
-    return build(RewardConfig, "reward", settings, **fixed)
+    return build(RewardConfig, where, settings, **fixed)
 
 
 def baseline_config(
@@ -333,7 +334,8 @@ def _check_stages(recipe: Recipe) -> None:
         options, own = repair_arm(f"repair.{name}", settings)
         if options.recipe == "oracle flip" and recipe.data is not None and recipe.data.truth_column is None:
             raise InputError(f"repair.{name}: oracle flip needs the truth: name its column in data.truth_column")
-        reward_config(recipe, options, own, data="", model="", validation={})
+        where = f"repair.{name}: reward" if own else "reward"
+        reward_config(recipe, options, own, data="", model="", validation={}, where=where)
 
 
 def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:

@@ -335,7 +335,9 @@ def _check_stages(study: PolicyStudy) -> None:
         except InputError as error:
             raise InputError(f"strength: {error}") from None
     for cell in study.grid():
-        reward_config(recipe, *repair_of(study, cell.repair), data="", model="", validation={})
+        options, own = repair_of(study, cell.repair)
+        where = f"repairs.{cell.repair}: reward" if own else "reward"
+        reward_config(recipe, options, own, data="", model="", validation={}, where=where)
         annotators(study, cell)
         _check_cell(study, cell)
     baseline_config(study, 0, policy="", prompts="", reward_model="")
