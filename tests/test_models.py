@@ -411,3 +411,25 @@ def test_flex_attention_is_given_the_same_rule_of_who_sees_whom(reads: Any, d: i
     ours = attention.tree_attention(q, k, v, batch, 0.25, read=read)
     flex = attention._flex(q, k, v, batch, 0.25, read=read, run=flex_attention)
     torch.testing.assert_close(flex, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_token_does_not_see_may_be_of_any_size() -> None:
+    """Scores of hidden keys so large that their exponentials are infinite: outputs and gradients stay exact."""
+    batch = collate(TREES, tiny.PAD)
+    tree, branch, place = batch.tree_T, batch.branch_T, torch.arange(batch.tokens)
+    sees = (place <= place[:, None]) & (tree == tree[:, None])
+    sees &= (branch == 0) | (branch == branch[:, None])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(batch.tokens, heads, 8, generator=generator) for heads in (4, 2, 2, 4))
+    q, k = q.abs(), k.abs()
+    # The last tokens of responses are hidden from all before them.
+    k[batch.last_BK.flatten()] *= 200.0
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    ours = attention.tree_attention(*inputs, batch, 1.0)
+    found = torch.autograd.grad(ours, inputs, g)
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1))
+    assert scores.detach()[:, ~sees].max().item() > 200  # exp overflows in float32 at 89
+    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+    plain = torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(2, 1))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, inputs, g), rtol=1e-3, atol=1e-3)

@@ -67,8 +67,9 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         query, key, value, out, *lse = ctx.saved_tensors
-        dq = torch.empty_like(query)
-        dk, dv = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+        # Contiguous, whatever the query's layout: rows of heads are added to.
+        dq = query.new_zeros(query.shape)
+        dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
         delta_TH = (g.float() * out.float()).sum(-1)
         for block, log_sum in zip(ctx.blocks, lse, strict=True):
             _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
@@ -91,35 +92,39 @@ def _block_backward(
     S = block.keys_nS.shape[1]
     H, d = query.shape[1:]
     G = key.shape[1]
-    rep = H // G
+    of_queries, of_keys = _rows(block.queries_nQ, H), _rows(block.keys_nS, G)
 
-    def grouped(x_THd: Tensor) -> Tensor:  # (n G, rep Q, d)
-        x = x_THd[block.queries_nQ.flatten()].view(n, Q, G, rep, d)
-        return x.permute(0, 2, 3, 1, 4).reshape(n * G, rep * Q, d)
+    def grouped(x_THd: Tensor) -> Tensor:
+        return x_THd.reshape(-1, d).index_select(0, of_queries).view(n * G, -1, d)
 
     def column(x_nHQ: Tensor) -> Tensor:
-        return x_nHQ.reshape(n * G, rep * Q, 1)
+        return x_nHQ.reshape(n * G, -1, 1)
 
     q, grad = grouped(query), grouped(g)
-    k, v = (_heads(x, block.keys_nS).reshape(n * G, S, d) for x in (key, value))
-    delta = column(delta_TH[block.queries_nQ.flatten()].view(n, Q, H).transpose(1, 2))
+    k, v = (x.reshape(-1, d).index_select(0, of_keys).view(n * G, S, d) for x in (key, value))
     # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
     # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
-    # into the row's gradient.
+    # into the row's gradient. Padded queries have none, so nothing flows from them.
     lse = column(lse_nHQ)
     rounded = lse.to(query.dtype)
-    lost = torch.exp(rounded.float() - lse)
-    grad, delta = (grad * lost).to(query.dtype), (delta * lost).to(query.dtype)
-    p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_()
-    # Padded queries get no weight, so nothing flows from them.
-    p.view(n, H, Q, S).masked_fill_(~(block.attend_nQS & block.real_nQ[..., None])[:, None], 0.0)
+    lost = torch.exp(rounded.float() - lse) * column(block.real_nQ[:, None].expand(n, H, Q))
+    delta = (delta_TH.flatten().index_select(0, of_queries).view(lost.shape) * lost).to(query.dtype)
+    grad = (grad * lost).to(query.dtype)
+    # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and than the
+    # exponential of very small numbers.
+    p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_().clamp_max_(torch.finfo(query.dtype).max)
+    p.view(n, H, Q, S).mul_(block.attend_nQS.to(p.dtype)[:, None])
     ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
-    _put(dq, block, torch.bmm(ds, k).mul_(scale).view(n, H, Q, d).transpose(1, 2))
+    dq.view(-1, d).index_add_(0, of_queries, torch.bmm(ds, k).mul_(scale).view(-1, d))
     q.mul_(scale)  # a copy of its own, for dk
     for target, left, right in ((dk, ds, q), (dv, p, grad)):
-        part = torch.bmm(left.transpose(1, 2), right).view(n, G, S, d).transpose(1, 2).reshape(n * S, G, d)
-        target.index_add_(0, block.keys_nS.flatten(), part.float())
+        target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
+
+
+def _rows(places_nL: Tensor, heads: int) -> Tensor:
+    """Numbers of the rows of a (T heads, d) view at these places, heads before places: (n heads L)."""
+    return (places_nL[:, None] * heads + torch.arange(heads)[:, None]).flatten()
 
 
 def _heads(x_THd: Tensor, places_nL: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ def _put(out_THd: Tensor, block: AttentionBlock, x_nQHd: Tensor) -> None:
 
 
 def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(block.attend_nQS.shape, dtype=dtype).masked_fill_(~block.attend_nQS, -torch.inf)[:, None]
+    return block.attend_nQS.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None]
 
 
 def _flex(
