@@ -244,4 +244,3 @@ def test_a_nucleus_in_parts() -> None:
     assert (first.tokens_L.tolist(), first.counts_n.tolist()) == ([3, 1, 2], [2, 1])
     assert (second.tokens_L.tolist(), second.counts_n.tolist()) == ([0, 2], [2])
     assert whole.split([3]) == [whole]
-    assert whole.allowed(4).int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 1, 0]]

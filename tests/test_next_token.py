@@ -171,14 +171,14 @@ def test_what_the_sampler_draws_can_always_be_drawn(name: str, language_model: F
     if found.kept is not None:
         assert len(found.kept.counts_n) == int(batch.mask_BKR.sum())
         # Without the token drawn being put in, the nucleus already holds it.
-        allowed = found.kept.allowed(len(tiny.VOCABULARY))
+        allowed = found.kept.split([1] * len(found.kept.counts_n))
         for before, tokens in (
             (p + s.tokens[:t], s.tokens[t:]) for p, s in [(prompts[0], drawn[0][0])] for t in (0, 1)
         ):
             cut, _ = step(model, before, **SETTINGS[name])
             assert cut[tokens[0]] > 0
             row = len(before) - len(prompts[0])
-            assert allowed[row].nonzero()[:, 0].tolist() == [v for v in range(len(cut)) if cut[v] > 0]
+            assert sorted(allowed[row].tokens_L.tolist()) == [v for v in range(len(cut)) if cut[v] > 0]
 
 
 def grads(model: PolicyModel) -> list[Tensor]:
@@ -224,9 +224,26 @@ def test_one_log_probability_and_its_gradient_are_torchs() -> None:
     tokens = torch.tensor([0, 8, 3, 3, 1])
     assert torch.autograd.gradcheck(lambda x: log_probability(x, tokens), (z,))
     torch.testing.assert_close(log_probability(z, tokens), torch.log_softmax(z, -1)[torch.arange(5), tokens])
-    cut = z.detach().masked_fill(torch.arange(9) > 3, -torch.inf)
-    theirs = torch.distributions.Categorical(logits=cut[:, :4]).entropy()
-    torch.testing.assert_close(entropies(cut), theirs)
+    torch.testing.assert_close(entropies(z), torch.distributions.Categorical(logits=z).entropy())
+
+
+def test_within_a_nucleus_they_are_those_of_a_softmax_over_it() -> None:
+    z = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept = [[8, 0, 3], [5], [1, 2, 3, 4, 6], [7, 0]]
+    nuclei = Nucleus(
+        torch.tensor([v for row in kept for v in row], dtype=torch.int32), torch.tensor([len(x) for x in kept])
+    )
+    tokens = torch.tensor([3, 5, 1, 0])
+    assert torch.autograd.gradcheck(lambda x: log_probability(x, tokens, nuclei), (z,))
+    hidden = torch.ones(4, 9, dtype=torch.bool)
+    for row, columns in enumerate(kept):
+        hidden[row, columns] = False
+    every = torch.log_softmax(z.masked_fill(hidden, -torch.inf), -1)
+    torch.testing.assert_close(log_probability(z, tokens, nuclei), every[torch.arange(4), tokens])
+    theirs = [
+        torch.distributions.Categorical(logits=row[columns]).entropy() for row, columns in zip(z, kept, strict=True)
+    ]
+    torch.testing.assert_close(entropies(z, nuclei), torch.stack(theirs))
 
 
 def test_nuclei_can_be_taken_apart_and_joined() -> None:
@@ -236,4 +253,6 @@ def test_nuclei_can_be_taken_apart_and_joined() -> None:
     assert [p.counts_n.tolist() for p in parts] == [[2], [1, 2]]
     again = Nucleus.join(parts)
     assert again.tokens_L.tolist() == [4, 1, 0, 2, 2]
-    assert whole.allowed(5).nonzero().tolist() == [[0, 1], [0, 4], [1, 0], [2, 2]]
+    values, rows, columns = whole.of(torch.arange(15).view(3, 5))
+    assert (values.tolist(), rows.tolist()) == ([4, 1, 5, 12, 12], [0, 0, 1, 2, 2])
+    assert columns.tolist() == [4, 1, 0, 2, 2]

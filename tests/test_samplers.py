@@ -22,12 +22,13 @@ from steelyard.data.collate import collate
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
+from steelyard.models.next_token import cut_nucleus
 from steelyard.models.policy import PolicyModel
 from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.sampling.cached import CacheReader
 from steelyard.sampling.loop import Reader
 from steelyard.sampling.shared import SharedReader, _chunks, refusal
-from steelyard.sampling.tokens import cut_nucleus, invert
+from steelyard.sampling.tokens import invert
 from steelyard.train.optim import OptimConfig
 
 SHARED = ("llama", "qwen2", "qwen3")

@@ -19,13 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from steelyard.data.collate import TreeBatch
+
+# So many of the largest probabilities are looked at for a nucleus before all are sorted.
+_LARGEST = (64, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,17 @@ class Nucleus:
         tokens = self.tokens_L.split(torch.stack([c.sum() for c in counts]).tolist())
         return [Nucleus(*pair) for pair in zip(tokens, counts, strict=True)]
 
-    def allowed(self, vocabulary: int) -> Bool[Tensor, "n V"]:
-        """True where a token could be drawn."""
-        n, device = len(self.counts_n), self.tokens_L.device
-        rows = torch.repeat_interleave(torch.arange(n, device=device), self.counts_n, output_size=len(self.tokens_L))
-        mask = torch.zeros(n, vocabulary, dtype=torch.bool, device=device)
-        mask[rows, self.tokens_L.long()] = True
-        return mask
+    def of(self, values_nV: Shaped[Tensor, "n V"]) -> tuple[Shaped[Tensor, "L"], Int[Tensor, "L"], Int[Tensor, "L"]]:
+        """(the values at the nuclei's tokens, row and column of each)."""
+        rows = torch.arange(len(self.counts_n), device=self.counts_n.device)
+        rows_L = torch.repeat_interleave(rows, self.counts_n, output_size=len(self.tokens_L))
+        columns_L = self.tokens_L.long()
+        return values_nV[rows_L, columns_L], rows_L, columns_L
+
+    def reduce(self, values_L: Float[Tensor, "L"], how: Literal["sum", "max"]) -> Float[Tensor, "n"]:
+        """The sum or the largest over each nucleus."""
+        # `unsafe` leaves out a check of the counts, for which a GPU would wait.
+        return torch.segment_reduce(values_L, how, lengths=self.counts_n, unsafe=True)
 
 
 class Seen:
@@ -103,16 +110,47 @@ def nucleus(z_nV: Float[Tensor, "n V"], top_p: float, drawn_n: Int[Tensor, "n"])
 
     The token drawn belongs there already but for rounding: it came from logits that were computed in another order.
     """
-    ordered, index = torch.softmax(z_nV, -1).sort(dim=-1, descending=True, stable=True)
-    kept = torch.zeros_like(ordered, dtype=torch.bool)
-    kept.scatter_(-1, index, ordered.cumsum(-1) - ordered < top_p)
+    kept = cut_nucleus((z_nV - z_nV.amax(-1, keepdim=True)).exp_(), top_p) > 0
     kept.scatter_(-1, drawn_n[:, None], True)
     return Nucleus(kept.nonzero()[:, 1].int(), kept.sum(-1))
 
 
-def log_probability(z_nV: Float[Tensor, "n V"], tokens_n: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """log softmax(z) at one token a row. The backward pass makes one array of the size of z, not three."""
-    out: Tensor = _LogProbability.apply(z_nV, tokens_n)
+def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor, "R V"]:
+    """The weights, 0 outside the nucleus: the largest that are needed to reach a share of `top_p`.
+
+    A token stays if those before it have not reached top_p; the most probable one always stays; among equal weights
+    the lower id comes first.
+    """
+    R, V = weights_RV.shape
+    bound_R1 = top_p * weights_RV.sum(-1, keepdim=True)
+    least_R1 = weights_RV.new_zeros(R, 1)
+    rest = torch.arange(R, device=weights_RV.device)
+    for n in _LARGEST:
+        if n >= V or not len(rest):
+            break
+        top = weights_RV[rest].topk(n).values
+        last = ((top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1).clamp(min=0)  # 0: not finite
+        value = top.gather(-1, last)
+        # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
+        found = (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]
+        least_R1[rest[found]] = value[found]
+        rest = rest[~found]
+    cut = weights_RV * (weights_RV >= least_R1)  # on a CPU filling in zeros takes several times as long
+    if len(rest):
+        ordered, index = weights_RV[rest].sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= bound_R1[rest], 0.0)
+        cut[rest] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
+    return cut
+
+
+def log_probability(
+    z_nV: Float[Tensor, "n V"], tokens_n: Int[Tensor, "n"], kept: Nucleus | None = None
+) -> Float[Tensor, "n"]:
+    """log softmax(z) at one token a row, over all tokens or over a nucleus that holds it.
+
+    The backward pass makes one array of the size of z, not three; no other is made for a nucleus.
+    """
+    out: Tensor = _LogProbability.apply(z_nV, tokens_n) if kept is None else _Within.apply(z_nV, tokens_n, kept)
     return out
 
 
@@ -132,8 +170,37 @@ class _LogProbability(torch.autograd.Function):
         return dz, None
 
 
+class _Within(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, tokens: Tensor, kept: Nucleus) -> Tensor:
+        logp, lse, rows, columns = _softmax_within(z, kept)
+        ctx.save_for_backward(logp, rows, columns, tokens)
+        ctx.shape = z.shape
+        return z.gather(-1, tokens[:, None])[:, 0] - lse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (g,) = gradients
+        logp, rows, columns, tokens = ctx.saved_tensors
+        dz = g.new_zeros(ctx.shape)
+        dz[rows, columns] = logp.exp() * -g[rows]  # a token stands once in a nucleus
+        dz[torch.arange(len(dz), device=dz.device), tokens] += g
+        return dz, None, None
+
+
+def _softmax_within(z_nV: Tensor, kept: Nucleus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probabilities of the nuclei's tokens, (n,) logs of the sums of exponentials, rows, columns)."""
+    z, rows, columns = kept.of(z_nV)
+    top = kept.reduce(z, "max")
+    lse = kept.reduce((z - top[rows]).exp_(), "sum").log_() + top
+    return z - lse[rows], lse, rows, columns
+
+
 @torch.no_grad()
-def entropies(z_nV: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
-    """Entropy of softmax(z) in nats; a logit of -inf counts as probability 0."""
+def entropies(z_nV: Float[Tensor, "n V"], kept: Nucleus | None = None) -> Float[Tensor, "n"]:
+    """Entropy in nats of softmax(z), over all tokens or over a nucleus."""
+    if kept is not None:
+        logp_L = _softmax_within(z_nV, kept)[0]
+        return -kept.reduce(logp_L.exp() * logp_L, "sum")
     logp = torch.log_softmax(z_nV, -1)
-    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    return -(logp.exp() * logp).sum(-1)

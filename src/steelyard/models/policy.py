@@ -140,9 +140,8 @@ class PolicyModel(nn.Module):
             plain = full if z is logits else log_probability(logits, tokens)
             if own:
                 found.append(allowed := nucleus(z, how.top_p, tokens))
-            cut = z if allowed is None else z.masked_fill(~allowed.allowed(z.shape[-1]), -torch.inf)
-            sampled = full if allowed is None else log_probability(cut, tokens)
-            return sampled, entropies(cut), full, plain
+            sampled = full if allowed is None else log_probability(z, tokens, allowed)
+            return sampled, entropies(z, allowed), full, plain
 
         sampled, entropy, full, plain = self._at_responses(states_TD, batch, how, kept, read)
         return TokenLogprobs(sampled, entropy, full, plain, Nucleus.join(found) if own else kept)
@@ -159,9 +158,7 @@ class PolicyModel(nn.Module):
             raise ValueError("the nucleus of the time of sampling must be given (`kept`) with top_p < 1, got none")
 
         def read(logits: Tensor, z: Tensor, tokens: Tensor, allowed: Nucleus | None) -> tuple[Tensor, ...]:
-            if allowed is not None:
-                z = z.masked_fill(~allowed.allowed(z.shape[-1]), -torch.inf)
-            return (log_probability(z, tokens),)
+            return (log_probability(z, tokens, allowed),)
 
         return self._at_responses(states_TD, batch, how, kept, read)[0]
 

@@ -2,8 +2,7 @@
 
 `models.next_token` defines the distribution; here it is drawn from, many rows a step, so the passes over the
 vocabulary are what counts. In the place of a cumulative sum over the whole vocabulary stand sums of blocks, a
-cumulative sum of those, and one inside the block that is hit. The nucleus is found among the largest few
-probabilities; all are sorted only for rows in which those do not reach far enough.
+cumulative sum of those, and one inside the block that is hit.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steelyard.models.next_token import cut_nucleus
 from steelyard.sampling.settings import SamplingConfig
 
 _BLOCK = 128
-# So many of the largest probabilities are looked at before all are sorted.
-_LARGEST = (64, 1024)
 
 
 def draw(
@@ -66,31 +64,3 @@ def invert(weights_RV: Float[Tensor, "R V"], uniform_R: Float[Tensor, "R"]) -> I
     rest_R1 = torch.minimum(target_R1 - before_R1, torch.nextafter(last_R1, torch.zeros_like(last_R1)))
     found_R = (block_R1 * _BLOCK + torch.searchsorted(inside_Rb, rest_R1, right=True))[:, 0]
     return torch.where(upto_RB[:, -1].isfinite(), found_R, -1)
-
-
-def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor, "R V"]:
-    """The weights, 0 outside the nucleus: the largest that are needed to reach a share of `top_p`.
-
-    A token stays if those before it have not reached top_p; the most probable one always stays; among equal weights
-    the lower id comes first.
-    """
-    R, V = weights_RV.shape
-    bound_R1 = top_p * weights_RV.sum(-1, keepdim=True)
-    least_R1 = weights_RV.new_zeros(R, 1)
-    rest = torch.arange(R, device=weights_RV.device)
-    for n in _LARGEST:
-        if n >= V or not len(rest):
-            break
-        top = weights_RV[rest].topk(n).values
-        last = ((top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1).clamp(min=0)  # 0: not finite
-        value = top.gather(-1, last)
-        # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
-        found = (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]
-        least_R1[rest[found]] = value[found]
-        rest = rest[~found]
-    cut = weights_RV.masked_fill(weights_RV < least_R1, 0.0)
-    if len(rest):
-        ordered, index = weights_RV[rest].sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= bound_R1[rest], 0.0)
-        cut[rest] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
-    return cut
