@@ -134,6 +134,15 @@ def test_help_and_mistyped_verbs_answer_without_torch() -> None:
     assert "unknown verb 'bogus'. `steelyard --help`" in done.stderr
 
 
+def test_a_group_of_verbs_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    for verb in VERBS:
+        assert (f"  {verb} " in told) == verb.startswith("train "), verb
+    assert main(["study", "-h"]) == 0
+    assert "study policy" in capsys.readouterr().out
+
+
 def test_the_overview_names_every_verb_that_has_a_command() -> None:
     commands = {module: list(importlib.import_module(f"steelyard.commands.{module}").COMMANDS) for module in MODULES}
     assert sorted(verb for verbs in commands.values() for verb in verbs) == sorted(VERBS) == sorted(HELP)

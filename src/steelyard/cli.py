@@ -38,6 +38,7 @@ VERBS = {
     "report": "one self-contained HTML page from a run folder",
     "run": "a whole recipe from a YAML file, resumable",
 }
+GROUPS = {v.split()[0] for v in VERBS if " " in v}
 MODULES = {
     "weighing": ("audit", "strength"),
     "labels": ("simulate", "repair"),
@@ -52,21 +53,16 @@ MODULES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(overview())
-        return 0
-    if args[0] == "--version":
-        from steelyard import __version__
-
-        print(f"steelyard {__version__}")
-        return 0
     verb = next((v for n in (2, 1) if (v := " ".join(args[:n])) in VERBS), None)
-    if verb is None:
-        return _unknown(args)
     from steelyard.errors import InputError
     from steelyard.parallel import JobError
 
     try:
+        if (text := _told(args)) is not None:
+            print(text, flush=True)
+            return 0
+        if verb is None:
+            return _unknown(args)
         module = next(name for name, first in MODULES.items() if verb.split()[0] in first)
         commands = importlib.import_module(f"steelyard.commands.{module}")
         commands.COMMANDS[verb](args[len(verb.split()) :])
@@ -92,10 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def overview() -> str:
-    """What `steelyard --help` prints."""
-    width = max(map(len, VERBS)) + 2
-    lines = [f"  {verb:<{width}}{what}" for verb, what in VERBS.items()]
+def _told(args: Sequence[str]) -> str | None:
+    """What is asked for that needs no verb to run: an overview or the version."""
+    if not args or args[0] in ("-h", "--help"):
+        return overview()
+    if args[0] in GROUPS and args[1:2] in (["-h"], ["--help"]):
+        return overview(args[0])
+    if args[0] == "--version":
+        from steelyard import __version__
+
+        return f"steelyard {__version__}"
+    return None
+
+
+def overview(group: str = "") -> str:
+    """What `steelyard --help` prints; of one group of verbs, `steelyard GROUP --help`."""
+    verbs = {v: what for v, what in VERBS.items() if group in ("", v.split()[0])}
+    width = max(map(len, verbs)) + 2
+    lines = [f"  {verb:<{width}}{what}" for verb, what in verbs.items()]
     return "\n".join(
         [
             "steelyard: weigh, repair and learn from human preferences",
@@ -111,8 +121,7 @@ def overview() -> str:
 def _unknown(args: list[str]) -> int:
     import difflib
 
-    two = {v.split()[0] for v in VERBS if " " in v}
-    if args[0] in two:
+    if args[0] in GROUPS:
         wanted = " or ".join(v for v in VERBS if v.startswith(f"{args[0]} "))
         print(f"steelyard {args[0]}: say which: {wanted}", file=sys.stderr)
         return 2
