@@ -367,3 +367,15 @@ def test_truth_may_stand_in_a_csv(here: Path, fails: Any) -> None:
     assert do(f"audit truth.csv --out csv {options}") == 0
     tiny.write_jsonl(here / "booleans.jsonl", [row | {"truth": True} for row in rows])
     fails(f"audit booleans.jsonl --out booleans {options}", "must be 1, 0 or -1", "got True")
+
+
+def test_a_table_that_goes_into_a_file_has_its_cells_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    from steelyard.commands.common import show
+
+    cells = [f"{i}.123 [0.{i}01, 0.{i}99]" for i in range(12)]
+    show(
+        [{"title": "wide", "columns": [f"a long name {i}" for i in range(12)], "rows": [cells], "note": "a note " * 40}]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert any(all(cell in line for cell in cells) for line in lines)
+    assert any(all(f"a long name {i}" in line for i in range(12)) for line in lines)

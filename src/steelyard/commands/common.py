@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from steelyard.errors import InputError
@@ -33,13 +34,16 @@ def write(path: Path, content: Any) -> None:
 
 
 def show(found: Sequence[dict[str, Any]]) -> None:
-    """Print tables as the report has them."""
+    """Print tables as the report has them, cells whole: in a file as wide as it takes, on a narrow terminal folded."""
     console = Console()
     for t in found:
         table = Table(title=t["title"], title_justify="left", caption=t.get("note"), caption_justify="left")
         for i, column in enumerate(t["columns"]):
-            table.add_column(str(column), justify="left" if i == 0 else "right")
+            table.add_column(str(column), justify="left" if i == 0 else "right", overflow="fold")
         for row in t["rows"]:
             table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row))
+        if not console.is_terminal:
+            wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+            console.width = max(console.width, wanted)
         console.print()
         console.print(table)
