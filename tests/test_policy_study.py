@@ -240,6 +240,14 @@ class TestGrid:
         assert {a.arm for a, _ in heavier} == arms
         assert {b for _, b in heavier} == {plain[0.2]}
 
+    def test_a_repair_is_set_against_the_labels_and_its_own_control(self) -> None:
+        cells = [
+            {"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE", "control", "oracle"], "arm": "plain"}
+        ]
+        made = study(cells=cells, recommended=None, against={"SimCSE": "control"})
+        found = {(a.repair, b.repair) for kind, a, b in comparisons(made, made.grid()) if kind == "repair"}
+        assert found == {(r, "none") for r in ("SimCSE", "control", "oracle")} | {("SimCSE", "control")}
+
     def test_the_kl_penalty_is_scaled_like_the_reward(self) -> None:
         def config(arm: dict[str, Any], weight: float) -> Any:
             one = study(arms=TINY["arms"] | {"it": arm})
@@ -279,6 +287,8 @@ class TestGrid:
             ({"evaluate": {"sampling": {"temperature": 0.8}}}, "leave out temperature = 0.8"),
             ({"evaluate": {"sampling": {"top_p": 0.9, "min_new_tokens": 2}}}, "out top_p = 0.9, min_new_tokens = 2"),
             ({"repairs": {"none": {"recipe": "flip"}}}, "repairs.none"),
+            ({"against": {"oracle": "contrl"}}, "against.oracle: must name `repairs`"),
+            ({"against": {"oracle": "oracle"}}, "against.oracle: a repair cannot be its own control"),
         ],
     )  # fmt: skip
     def test_refusals(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = []
         for block in blocks:
-            q, k, v = _heads(query, block.queries_nQ), _heads(key, block.keys_nS), _heads(value, block.keys_nS)
+            q, k, v = _at(query, block.queries_nQ), _at(key, block.keys_nS), _at(value, block.keys_nS)
             o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
             )
@@ -92,23 +92,19 @@ def _block_backward(
     S = block.keys_nS.shape[1]
     H, d = query.shape[1:]
     G = key.shape[1]
-    of_queries, of_keys = _rows(block.queries_nQ, H), _rows(block.keys_nS, G)
-
-    def grouped(x_THd: Tensor) -> Tensor:
-        return x_THd.reshape(-1, d).index_select(0, of_queries).view(n * G, -1, d)
 
     def column(x_nHQ: Tensor) -> Tensor:
         return x_nHQ.reshape(n * G, -1, 1)
 
-    q, grad = grouped(query), grouped(g)
-    k, v = (x.reshape(-1, d).index_select(0, of_keys).view(n * G, S, d) for x in (key, value))
+    q, grad = (_at(x, block.queries_nQ).view(n * G, -1, d) for x in (query, g))
+    k, v = (_at(x, block.keys_nS).view(n * G, S, d) for x in (key, value))
     # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
     # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
     # into the row's gradient. Padded queries have none, so nothing flows from them.
     lse = column(lse_nHQ)
     rounded = lse.to(query.dtype)
     lost = torch.exp(rounded.float() - lse) * column(block.real_nQ[:, None].expand(n, H, Q))
-    delta = (delta_TH.flatten().index_select(0, of_queries).view(lost.shape) * lost).to(query.dtype)
+    delta = (column(_at(delta_TH[..., None], block.queries_nQ)) * lost).to(query.dtype)
     grad = (grad * lost).to(query.dtype)
     # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and than the
     # exponential of very small numbers.
@@ -116,7 +112,8 @@ def _block_backward(
     p.view(n, H, Q, S).mul_(block.attend_nQS.to(p.dtype)[:, None])
     ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
-    dq.view(-1, d).index_add_(0, of_queries, torch.bmm(ds, k).mul_(scale).view(-1, d))
+    dq.view(-1, d).index_add_(0, _rows(block.queries_nQ, H), torch.bmm(ds, k).mul_(scale).view(-1, d))
+    of_keys = _rows(block.keys_nS, G)
     q.mul_(scale)  # a copy of its own, for dk
     for target, left, right in ((dk, ds, q), (dv, p, grad)):
         target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
@@ -127,10 +124,10 @@ def _rows(places_nL: Tensor, heads: int) -> Tensor:
     return (places_nL[:, None] * heads + torch.arange(heads)[:, None]).flatten()
 
 
-def _heads(x_THd: Tensor, places_nL: Tensor) -> Tensor:
-    """(n, H, L, d): the rows at these places, heads first."""
-    n, L = places_nL.shape
-    return x_THd[places_nL.flatten()].view(n, L, *x_THd.shape[1:]).transpose(1, 2)
+def _at(x_THd: Tensor, places_nL: Tensor) -> Tensor:
+    """(n, H, L, d): what stands at these places, heads first."""
+    (n, L), (_, H, d) = places_nL.shape, x_THd.shape
+    return x_THd.reshape(-1, d).index_select(0, _rows(places_nL, H)).view(n, H, L, d)
 
 
 def _put(out_THd: Tensor, block: AttentionBlock, x_nQHd: Tensor) -> None:

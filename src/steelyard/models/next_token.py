@@ -202,5 +202,4 @@ def entropies(z_nV: Float[Tensor, "n V"], kept: Nucleus | None = None) -> Float[
     if kept is not None:
         logp_L = _softmax_within(z_nV, kept)[0]
         return -kept.reduce(logp_L.exp() * logp_L, "sum")
-    logp = torch.log_softmax(z_nV, -1)
-    return -(logp.exp() * logp).sum(-1)
+    return torch.special.entr(torch.softmax(z_nV, -1)).sum(-1)

@@ -65,7 +65,7 @@ def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, com
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     check(study)
-    free = (*FREE, "cells", "at_kl", "recommended")
+    free = (*FREE, "cells", "at_kl", "recommended", "against")
     folder = StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs"))
     files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
     grid = study.grid()

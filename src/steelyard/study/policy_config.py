@@ -112,6 +112,9 @@ class PolicyStudy(Config):
         default_factory=dict,
         description="name -> fields of `steelyard repair`, and `reward`: what differs in the reward model's training",
     )
+    against: dict[str, str] = Field(
+        default_factory=dict, description="a repair's control -- another of `repairs` -- beside the labels as they are"
+    )
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all models")
     baselines: Settings = Field(default_factory=dict, description="offline sampling: fields of `steelyard sample`")
     ppo: Settings = Field(default_factory=dict, description="fields of `steelyard train ppo`, for all its arms")
@@ -295,6 +298,11 @@ def _check_arms(study: PolicyStudy) -> None:
     for name in study.repairs:
         if "/" in name or name in ("", ".", ".."):
             raise InputError(f"repairs: {name!r} cannot name a folder; choose another name")
+    for name, other in study.against.items():
+        if unknown := {name, other} - study.repairs.keys():
+            raise InputError(f"against.{name}: must name `repairs`, of {sorted(study.repairs)}, got {sorted(unknown)}")
+        if name == other:
+            raise InputError(f"against.{name}: a repair cannot be its own control; name another")
 
 
 def _check_cells(study: PolicyStudy) -> None:

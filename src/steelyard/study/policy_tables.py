@@ -104,7 +104,8 @@ def comparisons(study: PolicyStudy, grid: Sequence[Cell]) -> list[tuple[str, Cel
             found.append(("arm", cell, control))
         for other in grid:
             alike = (other.world, other.arm) == (cell.world, cell.arm)
-            if cell.repair != AS_LABELLED == other.repair and alike and other.kl_coef == cell.kl_coef:
+            controls = (AS_LABELLED, study.against.get(cell.repair))
+            if cell.repair != AS_LABELLED and other.repair in controls and alike and other.kl_coef == cell.kl_coef:
                 found.append(("repair", cell, other))
             if cell.kl_coef is None or other.kl_coef is None or other.data != cell.data:
                 continue
