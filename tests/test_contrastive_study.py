@@ -14,7 +14,8 @@ import yaml
 import steelyard.study.contrastive as study_module
 from steelyard.cli import main
 from steelyard.errors import InputError
-from steelyard.study.contrastive import ARMS, ContrastiveStudy, places, reward_config, run_contrastive
+from steelyard.study.arms import places
+from steelyard.study.contrastive import ARMS, ContrastiveStudy, reward_config, run_contrastive
 from steelyard.study.folder import StudyFolder, mean_curves
 
 OPTIM = {"lr": 3e-3}

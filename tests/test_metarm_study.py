@@ -23,7 +23,7 @@ from steelyard.evaluate.spread import (
 )
 from steelyard.simulate.world import gold
 from steelyard.stages import GOLD
-from steelyard.study.contrastive import places
+from steelyard.study.arms import places
 from steelyard.study.metarm import MetaRMStudy, arms, config_of, run_metarm
 from steelyard.train.metarm import MetaRMConfig
 
@@ -162,6 +162,55 @@ class TestFindings:
             assert new == {key: old[key] for key in new}
 
 
+@pytest.fixture(scope="module")
+def own(done: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("metarm-files")
+    shared = {k: v for k, v in TINY.items() if k not in ("world", "sft", "seeds", "etas", "control_etas")}
+    rows = [json.loads(line) for line in (done / "data" / "validation.jsonl").read_text().splitlines()]
+    texts = [row["chosen"] for row in rows]
+    held_out = [
+        {"prompt": rows[p]["prompt"], "chosen": texts[3 * p + i], "rejected": texts[3 * p + j]}
+        for p in (0, 1)
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    (root / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    data = {"preferences": str(done / "data" / "preferences.jsonl"), "validation": str(root / "held-out.jsonl")}
+    study = shared | {"data": data, "model": str(done / "sft" / "model"), "seeds": [3], "etas": [0.5]}
+    (root / "study.yaml").write_text(yaml.safe_dump(study))
+    assert main(["study", "metarm", str(root / "study.yaml"), "--out", str(root / "out")]) == 0
+    return root / "out", json.loads((root / "out" / "study.json").read_text())
+
+
+class TestFiles:
+    """The same with files of one's own: nobody knows which of two sampled responses is better."""
+
+    def test_choices_are_judged_on_held_out_pairs_alone(self, own: tuple[Path, dict[str, Any]]) -> None:
+        _, found = own
+        assert {r["set"] for r in found["accuracy"]} == {"original"}
+        assert {r["set"] for r in found["spread"]} == {"shifted policy", "SFT policy"}
+        assert [row["gold"] for row in found["policies"]] == [None, None]
+
+    def test_the_policy_moves_on_the_training_prompts(self, own: tuple[Path, dict[str, Any]], done: Path) -> None:
+        out, found = own
+        config = json.loads((out / "ppo" / "shifted" / "config.json").read_text())
+        assert config["gold"] is None
+        assert found["policies"][0]["kl"] is not None
+        settings = json.loads((places(out, "MetaRM, eta 0.5", 3)[0] / "config.json").read_text())
+        asked = {json.loads(line)["prompt"] for line in (done / "data" / "preferences.jsonl").read_text().splitlines()}
+        assert set(read_responses(settings["meta"], None).prompts) == asked
+
+    def test_pairs_that_share_responses_are_drawn_by_response(self, own: tuple[Path, dict[str, Any]]) -> None:
+        _, found = own
+        assert {(r["n"], r["clusters"], r["unit"]) for r in found["accuracy"]} == {(6, 6, "responses")}
+
+    def test_the_report_has_no_empty_gold(self, own: tuple[Path, dict[str, Any]]) -> None:
+        out, _ = own
+        table = json.loads((out / "summary.json").read_text())["tables"][0]
+        assert table["columns"] == ["policy", "length", "ended", "kl"]
+        assert [len(row) for row in table["rows"]] == [4, 4]
+        assert "How far the policy has moved" in (out / "report.html").read_text()
+
+
 class TestSpread:
     def test_choices_by_hand(self) -> None:
         gold_NK = np.array([[1.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
@@ -212,6 +261,8 @@ class TestRefusals:
             ({"ppo": {"stepz": 1}}, "ppo.stepz: no such setting"),
             ({"ppo": {"gold": "x"}}, "ppo: gold is filled in"),
             ({"seeds": [2, 2]}, "seeds must differ"),
+            ({"world": None}, "either `world`"),
+            ({"world": None, "data": {"preferences": "x"}}, "data.validation: the study compares"),
         ],
     )
     def test_names_the_field(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -235,9 +286,12 @@ class TestRefusals:
         assert message in capsys.readouterr().err
 
 
-def test_the_study_file_of_the_repository_is_valid() -> None:
-    path = Path(__file__).parents[1] / "recipes" / "reward-study" / "metarm.yaml"
-    study = MetaRMStudy(**yaml.safe_load(path.read_text()))
+@pytest.mark.parametrize("name", ["metarm.yaml", "metarm-ukp.yaml"])
+def test_the_study_files_of_the_repository_are_valid(name: str) -> None:
+    path = Path(__file__).parents[1] / "recipes" / "reward-study" / name
+    read = yaml.safe_load(path.read_text())
+    read.get("data", {}).update(preferences="named on the command line")
+    study = MetaRMStudy(**read)
     assert len(study.seeds) >= 3
     for arm in arms(study):
         config_of(study, arm, 0, data="", model="", validation={}, responses={})

@@ -31,7 +31,7 @@ VERBS = {
     "evaluate features": "how far the features of chosen and rejected responses lie apart, with t-SNE pictures",
     "study contrastive": "contrastive learning against its control, arms by seeds: a YAML file, resumable",
     "study data": "what kinds of preference data do and what repairs are worth: a YAML file, resumable",
-    "study metarm": "MetaRM against its controls on the small world, arms by seeds: a YAML file, resumable",
+    "study metarm": "MetaRM against its controls, arms by seeds: a YAML file, resumable",
     "study rounds": "rounds with and without MetaRM on the small world, arms by seeds: a YAML file, resumable",
     "study policy": "gold and proxy reward against KL for ways of training policies: a YAML file, resumable",
     "study strength": "how well kinds of ensembles find wrong labels, against their cost: a YAML file, resumable",

@@ -2,7 +2,7 @@
 
 The evidence for MetaRM (Secrets of RLHF II, arXiv 2401.06080, section 3.2, Fig. 16) is a histogram of reward
 differences. A model that multiplies all its rewards widens it and has learned nothing, so differences are given in
-units that no scaling changes, and beside them the accuracy on pairs whose truth a gold scorer knows.
+units that no scaling changes, and beside them the accuracy on pairs whose truth a gold scorer knows, if there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import load_preferences
+from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.evaluate.reward import wins
 from steelyard.models.reward import RewardModel
@@ -29,44 +29,48 @@ SPREADS = ("range", "std", "training std")
 
 
 class Responses(NamedTuple):
-    """K responses to each of N prompts, with their true rewards."""
+    """K responses to each of N prompts, with their true rewards where a gold scorer knows them."""
 
     trees: list[Tree]
     prompts: list[str]
-    gold_NK: Float[np.ndarray, "N K"]
+    gold_NK: Float[np.ndarray, "N K"] | None
     length: float
     ended: float
 
 
-def read_responses(path: str, gold: str) -> Responses:
-    """A file of `steelyard sample` (prompts of plain text), scored by the gold scorer `module:function`."""
+def read_responses(path: str, gold: str | None) -> Responses:
+    """A file of `steelyard sample`; scored by a gold scorer `module:function` if given (prompts of plain text)."""
     table = pq.read_table(path)
     keys, texts = table["key"].to_pylist(), table["response"].to_pylist()
     asked, drawn = table["prompt_tokens"].to_pylist(), table["response_tokens"].to_pylist()
     k = keys.count(keys[0])
-    scorer = load_scorer(gold)
+    scores = None
+    if gold is not None:
+        scorer = load_scorer(gold)
+        scores = np.array([scorer(key, text) for key, text in zip(keys, texts, strict=True)]).reshape(-1, k)
     starts = range(0, len(keys), k)
     return Responses(
         [Tree(tuple(asked[i]), tuple(tuple(r) for r in drawn[i : i + k])) for i in starts],
         [keys[i] for i in starts],
-        np.array([scorer(key, text) for key, text in zip(keys, texts, strict=True)]).reshape(-1, k),
+        scores,
         float(np.mean([len(r) for r in drawn])),
         float(np.mean(table["ended"].to_pylist())),
     )
 
 
 def examine_spread(
-    folder: str, validation: Mapping[str, str], responses: Mapping[str, str], gold: str, *, max_length: int,
-    on_overlong: OnOverlong, max_tokens: int, device: str = "cpu",
+    folder: str, validation: Mapping[str, str], responses: Mapping[str, str], gold: str | None, *,
+    max_length: int, on_overlong: OnOverlong, on_invalid: OnInvalid, max_tokens: int, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """One reward model: values of each pair (accuracy) and each prompt (spread), and its rewards; plain values.
 
-    `validation` are preference files, `responses` files of `steelyard sample`.
+    `validation` are preference files, `responses` files of `steelyard sample`; without a gold scorer nobody knows which
+    of these are better, and they have no accuracy.
     """
     encoder = Encoder.load(folder, max_length=max_length, on_overlong=on_overlong)
     model = RewardModel.load(folder, device=device)
     accuracy: dict[str, Any] = {}
-    pairs = {name: load_preferences(path).preferences for name, path in validation.items()}
+    pairs = {name: load_preferences(path, on_invalid=on_invalid).preferences for name, path in validation.items()}
     encoded = {name: encoder.encode(found) for name, found in pairs.items()}
     trees = {name: e.trees for name, e in encoded.items()}
     for name, r in model.score_sets(trees, pad_id=encoder.pad_id, max_tokens=max_tokens).items():
@@ -77,8 +81,9 @@ def examine_spread(
     for name, path in responses.items():
         read = read_responses(path, gold)
         scored = model.score(read.trees, pad_id=encoder.pad_id, max_tokens=max_tokens).astype(np.float64)
-        right, rows = true_choices(scored, read.gold_NK)
-        accuracy[name] = {"values": right.tolist(), "prompts": [read.prompts[n] for n in rows]}
+        if read.gold_NK is not None:
+            right, rows = true_choices(scored, read.gold_NK)
+            accuracy[name] = {"values": right.tolist(), "prompts": [read.prompts[n] for n in rows]}
         for unit in SPREADS:
             values = in_units(scored, unit, model.normal[1]).mean(1)
             spread[unit][name] = {"values": values.tolist(), "prompts": read.prompts}

@@ -7,7 +7,7 @@ same dropout and the same doubled forward. Same data, same order of data, same s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from steelyard.config import Config, Device
 from steelyard.data.encode import Encoder
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -31,12 +30,13 @@ from steelyard.evaluate.features import (
 )
 from steelyard.evaluate.reward import wins
 from steelyard.evaluate.seeds import compare_arms
-from steelyard.evaluate.units import Units, units_of
+from steelyard.evaluate.units import units_of
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import DataConfig, Recipe, Settings, build, check, distinct_names
+from steelyard.recipe import Recipe, Settings, build
 from steelyard.run_dir import write_json_atomic, write_text_atomic
 from steelyard.stages import Files, prepare, sft
+from steelyard.study.arms import ArmsStudy, held_out_pairs, places, require_arms
 from steelyard.study.folder import StudyFolder, difference_table, mean_curves
 from steelyard.train.pairwise import read_pairs
 from steelyard.train.reward import RewardConfig, train_reward
@@ -53,16 +53,10 @@ ARMS: dict[str, Settings] = {
 }
 
 
-class ContrastiveStudy(Config):
+class ContrastiveStudy(ArmsStudy):
     """Contrastive learning against its control. Sections hold the fields of the matching commands."""
 
     name: str = Field("Contrastive learning", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
-    world_seed: int = Field(0, ge=0, description="of the small world and of supervised fine-tuning")
-    world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
-    data: DataConfig | None = Field(None, description="or your files, as in a recipe; `validation` is needed")
-    model: str = Field("scratch", description="model folder to start from, or `scratch` (small world)")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all arms")
     arms: dict[str, Settings] = Field(
         default_factory=lambda: dict(ARMS), description="name -> fields of its `contrastive` section; none: plain"
@@ -72,11 +66,6 @@ class ContrastiveStudy(Config):
     features_set: str | None = Field(
         None, description="validation set whose features are examined; none given: relabelled if there is one"
     )
-    device: Device = "cpu"
-    workers: int | None = Field(
-        None, ge=1, description="reward models trained side by side; none given: one per CPU, on a GPU one"
-    )
-    threads: int = Field(1, ge=1, description="threads of each of them")
 
 
 def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
@@ -84,7 +73,7 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
 
     Finished models are skipped, an interrupted one goes on. Seeds and arms may be added later.
     """
-    recipe = _recipe(study)
+    recipe = study.recipe()
     require_arms(study.arms, study.control, study.seeds)
     for arm in study.arms:
         reward_config(study, arm, study.seeds[0], data="", model="", validation={})
@@ -101,15 +90,6 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
     return found
 
 
-def require_arms(arms: Collection[str], control: str, seeds: tuple[int, ...]) -> None:
-    """Raise InputError unless the control is an arm, no seed stands twice, and no two arms share a folder."""
-    if control not in arms:
-        raise InputError(f"control must be one of the arms {list(arms)}, got {control!r}")
-    distinct_names("arms", arms)
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds must differ from each other, got {list(seeds)}: a repeated run is no evidence")
-
-
 def reward_config(
     study: ContrastiveStudy, arm: str, seed: int, *, data: str, model: str, validation: dict[str, str]
 ) -> RewardConfig:
@@ -119,18 +99,6 @@ def reward_config(
     where = f"arms.{arm}: reward" if study.arms[arm] else "reward"
     filled = {"data": data, "model": model, "validation": validation, "seed": seed, "contrastive": study.arms[arm]}
     return build(RewardConfig, where, {"device": study.device} | study.reward, **filled)
-
-
-def _recipe(study: ContrastiveStudy) -> Recipe:
-    """The part that this study shares with a recipe: data and supervised fine-tuning."""
-    if study.data is not None and study.data.validation is None:
-        raise InputError("data.validation: the study compares reward models on held-out pairs; name their file")
-    shared = {
-        name: getattr(study, name) for name in ("name", "world", "data", "model", "sft", "device", "workers", "threads")
-    }
-    recipe = Recipe(seed=study.world_seed, **shared)
-    check(recipe)
-    return recipe
 
 
 def _prepare(study: ContrastiveStudy, recipe: Recipe, out: Path) -> Files:
@@ -162,12 +130,6 @@ def _reward_models(study: ContrastiveStudy, files: Files, model: str, out: Path)
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}: trained and examined", flush=True),
     )
-
-
-def places(out: Path, arm: str, seed: int) -> tuple[Path, Path]:
-    """The stage folder of one run, and the file of its examination."""
-    name = arm.replace("/", "-")
-    return out / "arms" / name / f"seed-{seed}", out / "examined" / name / f"seed-{seed}.json"
 
 
 def train_and_examine(
@@ -203,39 +165,23 @@ def _prompts(pairs: Any) -> list[str]:
     return [prompt_key(p.prompt) for p in pairs]
 
 
-def held_out_units(study: ContrastiveStudy, files: Files, folder: Path, first: Examined) -> dict[str, Units]:
-    """What the bootstrap draws of the pairs that one run examined; by set, and under "features" of those measured.
-
-    Examinations keep no responses: the pairs are read again, as the run read them. Raises RuntimeError for other pairs.
-    """
-    config = reward_config(study, study.control, study.seeds[0], data="", model="", validation=files.validation)
-    encoder = Encoder.load(folder / "model", max_length=config.max_length, on_overlong=config.on_overlong)
-    units = {}
-    for name, path in config.validation.items():
-        pairs = read_pairs(path, encoder, on_invalid=config.on_invalid)[0]
-        if _prompts(pairs) != first["prompts"][name]:
-            raise RuntimeError(f"{path}: holds other pairs than those that were examined; start the study anew")
-        units[name] = units_of(pairs)
-        if name == first["features_set"]:
-            units["features"] = units_of(pairs[: study.features.limit])
-    return units
-
-
 def _compare(study: ContrastiveStudy, files: Files, out: Path) -> dict[str, Any]:
     """Every arm against the control, by accuracy and by overlap; the pictures of the first seed."""
     examined = {arm: [json.loads(places(out, arm, seed)[1].read_text()) for seed in study.seeds] for arm in study.arms}
     first = examined[study.control][0]
-    units = held_out_units(study, files, places(out, study.control, study.seeds[0])[0], first)
+    config = reward_config(study, study.control, study.seeds[0], data="", model="", validation=files.validation)
+    pairs = held_out_pairs(config, places(out, study.control, study.seeds[0])[0], first["prompts"])
+    units_shown = units_of(pairs[first["features_set"]][: study.features.limit])
     accuracy: list[dict[str, Any]] = []
     for name in first["prompts"]:
         values = _stack(examined, lambda one, name=name: one["accuracy"][name])
-        rows = compare_arms(values, clusters=units[name], control=study.control)
+        rows = compare_arms(values, clusters=units_of(pairs[name]), control=study.control)
         accuracy += [{"set": name, "measure": "accuracy", **row} for row in rows]
     apart: list[dict[str, Any]] = []
     for cloud in CLOUDS:
         for measure in MEASURES:
             values = _stack(examined, lambda one, c=cloud, m=measure: one["overlap"][c][m])
-            rows = compare_arms(values, clusters=units["features"], control=study.control)
+            rows = compare_arms(values, clusters=units_shown, control=study.control)
             apart += [{"set": cloud, "measure": measure, **row} for row in rows]
     pictures = [{"name": arm, **runs[0]["picture"]} for arm, runs in examined.items()]
     write_json_atomic(out / "examine" / "features.json", {"set": first["features_set"], "models": pictures})

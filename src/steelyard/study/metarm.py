@@ -1,8 +1,9 @@
 """`steelyard study metarm`: does MetaRM tell a shifted policy's responses apart better? (Secrets of RLHF II, 3.2)
 
-In the small world the truth about any response is known. A policy is moved away from the SFT model by PPO; reward
-models are trained plainly, by MetaRM on the moved policy's responses, and by its controls: eta = 0, a random
-direction of the same norm, and an unshifted meta set. All see the same pairs in the same order for the same steps.
+A policy is moved away from the SFT model by PPO; reward models are trained plainly, by MetaRM on the moved policy's
+responses, and by its controls: eta = 0, a random direction of the same norm, and an unshifted meta set. All see the
+same pairs in the same order for the same steps. In the small world the truth about any response is known; of your own
+files only the held-out pairs have labels.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from steelyard.baselines import BaselineConfig, sample_baselines
-from steelyard.config import Config, Device
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
-from steelyard.evaluate.spread import examine_spread, histograms, read_responses, stack
+from steelyard.evaluate.spread import ACCURACY, examine_spread, histograms, read_responses, stack
+from steelyard.evaluate.units import units_of
 from steelyard.losses.meta import Direction
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import Recipe, Settings, build, check
+from steelyard.recipe import Settings, build
 from steelyard.run_dir import write_text_atomic
 from steelyard.sampling import SamplingConfig
-from steelyard.stages import GOLD, Files, prepare, sft
-from steelyard.study.contrastive import places, require_arms
+from steelyard.stages import Files, prepare, sft
+from steelyard.study.arms import ArmsStudy, held_out_pairs, places, require_arms
 from steelyard.study.folder import StudyFolder, difference_table, mean_curves
 from steelyard.train import ppo
 from steelyard.train.metarm import MetaRMConfig, train_metarm
@@ -38,17 +39,10 @@ SHIFTED, UNSHIFTED = "shifted policy", "SFT policy"
 SHIFT_SEED = 1_000_000  # far from the seeds that people give to arms, and the same when a study gets more of them
 
 
-class MetaRMStudy(Config):
-    """MetaRM against its controls on the small world. Sections hold the fields of the matching commands."""
+class MetaRMStudy(ArmsStudy):
+    """MetaRM against its controls. Sections hold the fields of the matching commands."""
 
     name: str = Field("MetaRM", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
-    world_seed: int = Field(0, ge=0, description="of the world, SFT, the shift and the sampling")
-    world: Settings = Field(
-        default_factory=dict, description="the built-in small world (fields of `steelyard simulate`)"
-    )
-    model: str = Field("scratch", description="model folder to start from, or `scratch`")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
     policy: str | None = Field(None, description="folder of a shifted policy; none given: PPO with the fields of `ppo`")
     ppo: Settings = Field(default_factory=dict, description="fields of `steelyard train ppo`: makes the shifted policy")
     reward: Settings = Field(
@@ -63,11 +57,6 @@ class MetaRMStudy(Config):
     control_etas: tuple[float, ...] | None = Field(
         None, description="those at which the random and the unshifted control run; none given: all"
     )
-    device: Device = "cpu"
-    workers: int | None = Field(
-        None, ge=1, description="reward models trained side by side; none given: one per CPU, on a GPU one"
-    )
-    threads: int = Field(1, ge=1, description="threads of each of them")
 
     @model_validator(mode="after")
     def _grid(self) -> MetaRMStudy:
@@ -101,10 +90,7 @@ def arms(study: MetaRMStudy) -> list[Arm]:
 
 def run_metarm(study: MetaRMStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Shift a policy, train and examine every arm with every seed; returns the findings (also in study.json)."""
-    fields = ("name", "world", "model", "sft", "device", "workers", "threads")
-    shared = {name: getattr(study, name) for name in fields}
-    recipe = Recipe(seed=study.world_seed, **shared)
-    check(recipe)
+    recipe = study.recipe()
     require_arms([arm.name for arm in arms(study)], CONTROL, study.seeds)
     for arm in arms(study):
         config_of(study, arm, study.seeds[0], data="", model="", validation={}, responses={})
@@ -115,8 +101,8 @@ def run_metarm(study: MetaRMStudy, out: Path, *, resume: bool = False, command: 
     moved = folder.stage("shifted policy", lambda: shift(study, model, files, out))
     responses = folder.stage("samples", lambda: sample_all(study, model, moved, files, out))
     folder.stage("reward models", lambda: _reward_models(study, files, model, responses, out))
-    found = folder.stage("comparison", lambda: _compare(study, responses, out))
-    found["policies"] = _policies(responses, out)
+    found = folder.stage("comparison", lambda: _compare(study, files, responses, out))
+    found["policies"] = _policies(files, responses, out)
     folder.finish(study.name, study.world_seed, found, _tables(found))
     return found
 
@@ -129,12 +115,12 @@ def shift_configs(study: MetaRMStudy, *, model: str, files: Files | None, out: P
     seed = SHIFT_SEED + study.world_seed
     if seed in study.seeds:
         raise InputError(f"seeds: {seed} is that of the reward model that moves the policy; leave it out")
-    data, prompts = ("", "") if files is None else (files.preferences, files.prompts)
+    data, prompts, gold = ("", "", None) if files is None else (files.preferences, files.prompts, files.gold)
     shared: Settings = {"device": study.device} | study.reward
     reward = build(RewardConfig, "reward", shared, data=data, model=model, validation={}, seed=seed)
     filled = {"policy": model, "reward_model": str(out / "rm" / "of the shift" / "model"), "prompts": prompts}
     settings = {"reward": "plain", "seed": study.world_seed, "device": study.device} | study.ppo
-    optimise = build(PPOConfig, "ppo", settings, **filled, gold=GOLD)
+    optimise = build(PPOConfig, "ppo", settings, **filled, gold=gold)
     try:
         ppo.check(optimise)
     except InputError as error:
@@ -196,7 +182,7 @@ def _reward_models(study: MetaRMStudy, files: Files, model: str, responses: dict
                 study, arm, seed, data=files.preferences, model=model, validation=files.validation,
                 responses=responses,
             )  # fmt: skip
-            jobs.append((config, *places(out, arm.name, seed), held_out))
+            jobs.append((config, *places(out, arm.name, seed), held_out, files.gold))
             labels.append(f"{arm.name}, seed {seed}")
     run_jobs(
         train_and_examine,
@@ -218,30 +204,38 @@ def _train(config: RewardConfig | MetaRMConfig | PPOConfig, out: Path) -> None:
 
 
 def train_and_examine(
-    config: RewardConfig | MetaRMConfig, folder: Path, target: Path, held_out: dict[str, str]
+    config: RewardConfig | MetaRMConfig, folder: Path, target: Path, held_out: dict[str, str], gold: str | None
 ) -> None:
     """One reward model; its choices on held-out pairs and its rewards of both policies' held-out responses."""
     _train(config, folder)
     if not target.exists():
         found = examine_spread(
-            str(folder / "model"), config.validation, held_out, GOLD,
-            max_length=config.max_length, on_overlong=config.on_overlong, max_tokens=config.max_tokens,
-            device=config.device,
+            str(folder / "model"), config.validation, held_out, gold,
+            max_length=config.max_length, on_overlong=config.on_overlong, on_invalid=config.on_invalid,
+            max_tokens=config.max_tokens, device=config.device,
         )  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(target, json.dumps(found) + "\n")
 
 
-def _compare(study: MetaRMStudy, responses: dict[str, str], out: Path) -> dict[str, Any]:
+def _compare(study: MetaRMStudy, files: Files, responses: dict[str, str], out: Path) -> dict[str, Any]:
     """Every arm against eta = 0, by accuracy and by spread; histograms over all seeds."""
-    names = [arm.name for arm in arms(study)]
+    chosen = arms(study)
+    names = [arm.name for arm in chosen]
     examined = {n: [json.loads(places(out, n, seed)[1].read_text()) for seed in study.seeds] for n in names}
+    config = config_of(
+        study, chosen[0], study.seeds[0], data="", model="", validation=files.validation, responses=responses
+    )
+    first = examined[names[0]][0]["accuracy"][ACCURACY]
+    prompts = {name: first[name]["prompts"] for name in files.validation}
+    pairs = held_out_pairs(config, places(out, names[0], study.seeds[0])[0], prompts)
+    units = {name: units_of(read) for name, read in pairs.items()}
     found: dict[str, list[dict[str, Any]]] = {"accuracy": [], "spread": []}
     for kind, rows in found.items():
         for measure, of_sets in examined[CONTROL][0][kind].items():
             for name, of_set in of_sets.items():
                 values = stack(examined, kind, measure, name)
-                compared = compare_arms(values, clusters=of_set["prompts"], control=CONTROL)
+                compared = compare_arms(values, clusters=units.get(name, of_set["prompts"]), control=CONTROL)
                 rows += [{"set": name, "measure": measure, **row} for row in compared]
     folders = {n: [places(out, n, seed)[0] for seed in study.seeds] for n in names}
     return {
@@ -249,21 +243,21 @@ def _compare(study: MetaRMStudy, responses: dict[str, str], out: Path) -> dict[s
         "control": CONTROL,
         "seeds": list(study.seeds),
         "k": study.k,
-        "arms": [{"arm": a.name, "meta": a.meta, "eta": a.eta, "direction": a.direction} for a in arms(study)],
+        "arms": [{"arm": a.name, "meta": a.meta, "eta": a.eta, "direction": a.direction} for a in chosen],
         **found,
         "histograms": histograms(examined, SHIFTED) + histograms(examined, UNSHIFTED),
         "curves": mean_curves(folders, lambda m: m in ("train/loss", "meta/spread", "meta/gradient_norm")),
     }
 
 
-def _policies(responses: dict[str, str], out: Path) -> list[dict[str, Any]]:
-    """How far the policy has moved: gold reward, length, ends and, after our own PPO, KL."""
+def _policies(files: Files, responses: dict[str, str], out: Path) -> list[dict[str, Any]]:
+    """How far the policy has moved: gold reward where it is known, length, ends and, after our own PPO, KL."""
     rows = []
     for name in (SHIFTED, UNSHIFTED):
-        read = read_responses(responses[f"{name}, held out"], GOLD)
-        rows.append({"policy": name, "prompts": len(read.gold_NK), "gold": float(read.gold_NK.mean()),
-                     "gold_spread": float(read.gold_NK.std(1).mean()), "length": read.length, "ended": read.ended,
-                     "kl": None})  # fmt: skip
+        read = read_responses(responses[f"{name}, held out"], files.gold)
+        gold = None if read.gold_NK is None else float(read.gold_NK.mean())
+        rows.append({"policy": name, "prompts": len(read.prompts), "gold": gold, "length": read.length,
+                     "ended": read.ended, "kl": None})  # fmt: skip
     log = out / "ppo" / "shifted" / "metrics.jsonl"
     if log.exists():
         rows[0]["kl"] = json.loads(log.read_text().splitlines()[-1])["ppo/kl"]
@@ -271,10 +265,10 @@ def _policies(responses: dict[str, str], out: Path) -> list[dict[str, Any]]:
 
 
 def _tables(found: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    shown = ("policy", "gold", "length", "ended", "kl")
+    shown = [name for name, value in found["policies"][0].items() if name != "prompts" and value is not None]
     moved = {
         "title": "How far the policy has moved (held-out prompts)",
-        "columns": list(shown),
+        "columns": shown,
         "rows": [[row[c] for c in shown] for row in found["policies"]],
         "note": "KL to the SFT model in the last PPO step, nats a response.",
     }

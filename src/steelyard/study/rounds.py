@@ -22,7 +22,7 @@ from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import Recipe, Settings, build, check, merged
 from steelyard.stages import GOLD, Files, prepare, sft
-from steelyard.study.contrastive import require_arms
+from steelyard.study.arms import require_arms
 from steelyard.study.folder import Curve, StudyFolder, difference_table
 from steelyard.train.reward import RewardConfig, train_reward
 
