@@ -179,11 +179,13 @@ def train_trl(task: Task, gate: PhaseGate) -> None:
 
 def train_steelyard(task: Task, gate: PhaseGate, *, critic: str) -> None:
     """`update` of `steelyard train ppo` on rollouts of the task's responses."""
+    from steelyard.memory import keep_freed_memory
     from steelyard.ppo_settings import PPOConfig
     from steelyard.rollout import estimate, pay, roll_out
     from steelyard.sampling import Sample
     from steelyard.train.ppo import Learner, update
 
+    keep_freed_memory()  # as the command line does
     options = task.options
     constant = {"lr": options["lr"], "warmup": 0, "decay": False}
     config = PPOConfig.model_validate(

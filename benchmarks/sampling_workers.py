@@ -62,9 +62,11 @@ def _to_end(row: list[int], end_id: int) -> list[int]:
 
 def steelyard(task: Task, *, sampler: str) -> Draw:
     """`steelyard.sampling.sample`, all prompts side by side, weights and caches made anew in every step."""
+    from steelyard.memory import keep_freed_memory
     from steelyard.models.policy import PolicyModel
     from steelyard.sampling import SamplingConfig, sample
 
+    keep_freed_memory()  # as the command line does
     precision: Any = task.precision
     policy = PolicyModel.load(f"{task.start}/policy", precision=precision)
     config = SamplingConfig.model_validate(

@@ -152,12 +152,14 @@ def train_steelyard(plan: Plan, gate: Gate, *, meta: bool = False) -> None:
     from torch.nn.utils import clip_grad_norm_
 
     from steelyard.data.encode import Encoder, Tree
+    from steelyard.memory import keep_freed_memory
     from steelyard.models.reward import RewardModel
     from steelyard.train.metarm import MetaRMConfig, metarm_step
     from steelyard.train.optim import OptimConfig, set_rate
     from steelyard.train.reward import RewardConfig, reward_step
     from steelyard.types import Preference
 
+    keep_freed_memory()  # as the command line does
     wanted = plan.settings
     optim = OptimConfig(
         lr=wanted.lr,

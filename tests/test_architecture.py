@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "steelyard"
 BASE = {"errors", "config", "types"}
 MATHS = {"losses", "strength", "denoise", "rewards", "variance", "running", "advantages"}
-TOOLS = {"run_dir", "checkpoint", "parallel", "progress", "group"}
+TOOLS = {"run_dir", "checkpoint", "parallel", "memory", "progress", "group"}
 ROOMS = {"models", "data", "sampling"}
 WORK = {"train", "evaluate", "baselines", "rollout", "probe", "measure", "members", "scorer", "iterate"}
 WORK |= {"ppo_settings", "actors", "watch"}

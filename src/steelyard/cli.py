@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     verb = next((v for n in (2, 1) if (v := " ".join(args[:n])) in VERBS), None)
     from steelyard.errors import InputError
+    from steelyard.memory import keep_freed_memory
     from steelyard.parallel import JobError
 
     try:
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if verb is None:
             return _unknown(args)
+        keep_freed_memory()
         module = next(name for name, first in MODULES.items() if verb.split()[0] in first)
         commands = importlib.import_module(f"steelyard.commands.{module}")
         commands.COMMANDS[verb](args[len(verb.split()) :])

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from steelyard.errors import InputError
+from steelyard.memory import keep_freed_memory
 
 R = TypeVar("R")
 
@@ -207,6 +208,7 @@ def _child(sender: Connection, job: bytes, threads: int, environment: dict[str, 
     # The server that forked this process may have begun under another environment.
     os.environ.clear()
     os.environ.update(environment)
+    keep_freed_memory()
     outcome = _prepare(job, threads) or _attempt(job)
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
