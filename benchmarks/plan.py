@@ -44,8 +44,8 @@ class Settings:
     batch: int = 16
     micro: int = 8
     bucket: int = 4
-    max_tokens: int = 4096
-    max_length: int = 512
+    max_tokens: int = 2048
+    max_length: int = 1024
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0

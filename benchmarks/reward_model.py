@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from plan import Plan, Settings
-from rounds import Round, Worker, alternate, ratios, shown, spread, table, threads_env
+from rounds import GIVE_BACK, Round, Worker, alternate, ratios, shown, spread, table, threads_env
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("trl", "trl-nockpt", "hf-bucketed", "steelyard")
@@ -94,8 +94,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of each process; with 1 the CPU times are comparable under load")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="on a GPU peak memory is the GPU's")
     add("--batch", type=int, default=16, help="pairs a step")
-    add("--max-tokens", type=int, default=4096, help="tokens at once in Steelyard")
-    add("--max-length", type=int, default=512, help="pairs with a longer sequence are left out, for all")
+    add("--max-tokens", type=int, default=2048, help="tokens at once in Steelyard; its default")
+    add(
+        "--max-length", type=int, default=1024, help="pairs with a longer sequence are left out, for all; TRL's default"
+    )
+    add(
+        "--give-back",
+        action="store_true",
+        help="sleeping programs give freed memory back, which their next turn pays for",
+    )
     add("--lr", type=float, default=1e-5, help="learning rate, constant")
     add("--warmup", type=int, default=2, help="unmeasured steps before the first round")
     add("--steps", type=int, default=8, help="steps of each program in a round")
@@ -137,7 +144,8 @@ def started(names: Sequence[str], args: argparse.Namespace, folder: Path) -> Ite
     for name in names:
         python = str(args.trl_python.absolute()) if name.startswith("trl") else sys.executable
         command = [python, str(HERE / "workers.py"), name, str(folder / "plan.json")]
-        yield Worker(name, command, args.out / f"{name}.log", threads_env(args.threads))
+        environment = threads_env(args.threads) | ({GIVE_BACK: "1"} if args.give_back else {})
+        yield Worker(name, command, args.out / f"{name}.log", environment)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
