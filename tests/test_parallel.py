@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,22 @@ def wait_until(condition: Any, seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_an_interrupt_while_a_worker_starts_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, pids = BaseProcess.start, []
+
+    def interrupted(process: BaseProcess) -> None:
+        start(process)
+        pids.append(process.pid)
+        if len(pids) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BaseProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(mark_and_sleep, [(str(tmp_path), i) for i in range(3)], workers=3, preload=())
+    assert len(pids) == 2
+    assert wait_until(lambda: all(gone(pid) for pid in pids), 5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

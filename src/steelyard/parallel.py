@@ -150,7 +150,7 @@ def _elsewhere(
         while waiting or running:
             while waiting and len(running) < workers:
                 index, job = waiting.pop()
-                running[index] = _start(context, job, names[index], threads)
+                _start(running, index, context, job, names[index], threads)
             # A process of the job's own may keep the pipe open after the worker has died: watch the worker too.
             ready = wait([end for process, pipe in running.values() for end in (pipe, process.sentinel)])
             # The lowest job first, so that of two failures at once the same one is always reported.
@@ -174,7 +174,14 @@ def _context(preload: Sequence[str]) -> BaseContext:
     return context
 
 
-def _start(context: BaseContext, job: bytes, name: str, threads: int) -> tuple[BaseProcess, Connection]:
+def _start(
+    running: dict[int, tuple[BaseProcess, Connection]],
+    index: int,
+    context: BaseContext,
+    job: bytes,
+    name: str,
+    threads: int,
+) -> None:
     variables = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | {"STEELYARD_QUIET": "1"}
     receiver, sender = context.Pipe(duplex=False)
     # Libraries read these while they are imported, so they must be there before the process is.
@@ -182,9 +189,10 @@ def _start(context: BaseContext, job: bytes, name: str, threads: int) -> tuple[B
         process = context.Process(  # type: ignore[attr-defined]
             target=_child, args=(sender, job, threads, dict(os.environ)), name=name
         )
+        # Before it starts: an interrupt in between would leave it running, and this process waiting for it at its end.
+        running[index] = process, receiver
         process.start()
     sender.close()
-    return process, receiver
 
 
 @contextmanager
@@ -263,12 +271,14 @@ def _cause_of_death(code: int | None) -> str:
 
 
 def _end(workers: Sequence[tuple[BaseProcess, Connection]]) -> None:
-    for process, _ in workers:
+    started = [process for process, _ in workers if process.pid is not None]
+    for process in started:
         process.terminate()
-    for process, pipe in workers:
+    for process in started:
         process.join(_GRACE_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
         process.close()
+    for _, pipe in workers:
         pipe.close()
