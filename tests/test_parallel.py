@@ -142,6 +142,7 @@ def test_bad_numbers_are_refused() -> None:
 
 
 SLEEPERS = """
+import signal
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
@@ -149,6 +150,8 @@ from steelyard.parallel import run_jobs
 import test_parallel
 
 if __name__ == "__main__":
+    # A shell's background jobs are started with SIGINT ignored, and so would this one be, when the tests run there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_jobs(test_parallel.mark_and_sleep, [(sys.argv[2], i) for i in range(2)], workers=2, preload=())
 """
 
