@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rounds import Round, Worker, ratios, shown, spread, table, threads_env
+from rounds import GIVE_BACK, Round, Worker, ratios, shown, spread, table, threads_env
 from task import Task
 
 HERE = Path(__file__).resolve().parent
@@ -68,8 +68,9 @@ def prepared(
 
 def started(names: Mapping[str, Sequence[str]], args: argparse.Namespace, path: Path) -> Iterator[Worker]:
     """The workers, to be entered one after the other; `names` give each one's interpreter and file."""
+    environment = threads_env(args.threads) | GIVE_BACK  # a phase's peak must not hold what the phase before left
     for name, command in names.items():
-        yield Worker(name, [*command, name, str(path)], args.out / f"{name}.log", threads_env(args.threads))
+        yield Worker(name, [*command, name, str(path)], args.out / f"{name}.log", environment)
 
 
 def record(

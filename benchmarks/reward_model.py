@@ -144,7 +144,7 @@ def started(names: Sequence[str], args: argparse.Namespace, folder: Path) -> Ite
     for name in names:
         python = str(args.trl_python.absolute()) if name.startswith("trl") else sys.executable
         command = [python, str(HERE / "workers.py"), name, str(folder / "plan.json")]
-        environment = threads_env(args.threads) | ({GIVE_BACK: "1"} if args.give_back else {})
+        environment = threads_env(args.threads) | (GIVE_BACK if args.give_back else {})
         yield Worker(name, command, args.out / f"{name}.log", environment)
 
 

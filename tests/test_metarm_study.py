@@ -210,6 +210,13 @@ class TestFiles:
         assert [len(row) for row in table["rows"]] == [4, 4]
         assert "How far the policy has moved" in (out / "report.html").read_text()
 
+    def test_intervals_over_few_units_are_called_too_narrow(self, own: tuple[Path, dict[str, Any]]) -> None:
+        out, found = own
+        notes = [table["note"] for table in json.loads((out / "summary.json").read_text())["tables"]]
+        assert {r["clusters"] for r in found["spread"]} == {2}
+        assert "as few as 6 of them" in notes[1]
+        assert "as few as 2 of them" in notes[2]
+
 
 class TestSpread:
     def test_choices_by_hand(self) -> None:

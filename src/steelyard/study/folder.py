@@ -18,6 +18,7 @@ from steelyard.summary import describe_run
 
 T = TypeVar("T")
 POINTS = 150  # of a curve in study.json
+FEW_UNITS = 10  # of fewer a bootstrap does not know how they vary
 FREE = ("name", "seeds", "workers", "threads")  # fields that may change between the sittings of a study
 
 Curve = dict[str, Any]
@@ -122,14 +123,16 @@ def _metrics(path: Path) -> dict[str, dict[int, float]]:
 def difference_table(title: str, rows: Sequence[Mapping[str, Any]], control: str) -> dict[str, Any]:
     """One table of the summary: value of each arm, difference to the control, both with intervals."""
     units = " or ".join(dict.fromkeys(r["unit"] for r in rows))
+    least = min(r["clusters"] for r in rows)
+    few = f" Over as few as {least} of them they are too narrow." if least < FEW_UNITS else ""
     return {
         "title": title,
         "columns": ["set", "measure", "arm", "value", f"difference to {control}", "seeds above it"],
         "rows": [
             [r["set"], r["measure"], r["arm"], _interval(r), _interval(r.get("difference")), _above(r)] for r in rows
         ],
-        "note": f"95 % intervals over seeds and {units} (two-level paired bootstrap). An interval that holds 0 shows "
-        "no difference.",
+        "note": f"95 % intervals over seeds and {units} (two-level paired bootstrap).{few} An interval that holds "
+        "0 shows no difference.",
     }
 
 

@@ -270,7 +270,7 @@ def _tables(found: dict[str, Any]) -> Sequence[dict[str, Any]]:
         "title": "How far the policy has moved (held-out prompts)",
         "columns": shown,
         "rows": [[row[c] for c in shown] for row in found["policies"]],
-        "note": "KL to the SFT model in the last PPO step, nats a response.",
+        "note": "KL to the SFT model in the last PPO step, nats a response." if "kl" in shown else "",
     }
     return [
         moved,
