@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import tiny
@@ -169,7 +171,9 @@ def test_each_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixture
 # ---- the road, verb by verb ----------------------------------------------------------------------------------------
 
 
-def test_audit_gives_every_row_back_with_what_it_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_gives_every_row_back_with_what_it_found(
+    here: Path, capsys: pytest.CaptureFixture[str], fails: Any
+) -> None:
     options = ["--model", "lm", "--members", "4", "--max-length", "64", "--truth-column", "truth"]
     assert main(["audit", "prefs.jsonl", "--out", "audit", *options]) == 0
     said = capsys.readouterr().out
@@ -179,7 +183,7 @@ def test_audit_gives_every_row_back_with_what_it_found(here: Path, capsys: pytes
     assert [{k: row[k] for k in given[0]} for row in found] == given
     assert [i for i, row in enumerate(found) if row["strength_mean"] is None] == [5, 11]
     assert "identical" in found[5]["reason"]
-    assert "not scored" in found[11]["reason"]
+    assert found[11]["reason"] == "longer than max_length"
     assert {row["voters"] for row in found if row["voters"]} == {2}, "4 members in 2 folds: two did not see a pair"
     table = json.loads((here / "audit/summary.json").read_text())["tables"][0]
     assert table["title"] == "Finding wrong labels, out-of-fold"
@@ -190,6 +194,33 @@ def test_audit_gives_every_row_back_with_what_it_found(here: Path, capsys: pytes
     assert main(["audit", "prefs.jsonl", "--out", "audit", *options]) == 2
     assert main(["audit", "prefs.jsonl", "--out", "audit", *options, "--resume"]) == 0
     assert (here / "audit/annotated.jsonl").read_bytes() == before
+
+    # Measured the other way, or from other rows, the files would contradict each other.
+    again = f"audit prefs.jsonl --out audit {' '.join(options)}"
+    fails(f"{again} --scoring in-sample", "audit: holds a measurement out-of-fold, whose annotated.jsonl would be")
+    rows = (here / "prefs.jsonl").read_text().splitlines(keepends=True)
+    (here / "prefs.jsonl").write_text("".join(rows[1:]))
+    fails(f"{again} --resume", "prefs.jsonl: changed since the run in")
+    own = "audit/published_format.jsonl"
+    fails(f"audit {own} --out audit {' '.join(options[:-2])} --resume", f"{own}: is the input")
+    assert (here / "audit/annotated.jsonl").read_bytes() == before
+
+
+def test_rows_that_json_cannot_hold_come_back_as_parquet(here: Path) -> None:
+    """Images for example: the run must not end in an error after all its work."""
+    rows = rows_of(here / "prefs.jsonl")
+    table = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(table | {"image": [b"\x00\xff"] * len(rows)}), here / "prefs.parquet")
+    assert main(["strength", "--data", "prefs.parquet", "--model", "lm", "--out", "s", "--members", "2"]) == 0
+    back = pq.read_table(here / "s/annotated.parquet").to_pylist()
+    assert {row["image"] for row in back} == {b"\x00\xff"}
+    assert sum(row["strength_mean"] is not None for row in back) > 30
+
+
+def test_evidence_is_not_written_over(here: Path, fails: Any) -> None:
+    assert do("repair --recipe keep --data prefs.jsonl --out kept.csv") == 0
+    fails("repair --recipe keep --data prefs.jsonl --out kept.jsonl", "kept.changes.jsonl: exists already")
+    assert not (here / "kept.jsonl").exists()
 
 
 def test_from_strength_to_report_by_single_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

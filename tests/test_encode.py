@@ -69,6 +69,19 @@ def test_tokens_added_by_the_tokenizer_stay_out_of_the_boundary() -> None:
     assert Encoder(tokenizer).tree("w1", ["w2"]) == Tree(ids("<bos> w1"), (ids("w2 <eos>"),))
 
 
+def test_a_conversation_that_the_template_refuses_is_named() -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    encoder = Encoder(tiny.build_tokenizer(chat_template=strict + tiny.CHAT))
+    talk = (Message("system", "w1"), Message("user", "w2"))
+    refusal = r"refuses the turns system, user: System role not supported; change them"
+    with pytest.raises(InputError, match=rf"^d\.jsonl:3: the tokenizer's chat template {refusal}"):
+        encoder.encode([pair("w1 w2"), pair(talk)])
+    with pytest.raises(InputError, match=rf"^the tokenizer's chat template {refusal}"):
+        encoder.prompt_ids(talk)
+    with pytest.raises(InputError, match="refuses the turns user, assistant: no assistant"):
+        Encoder(tiny.build_tokenizer(chat_template="{{ raise_exception('no assistant') }}"))
+
+
 @pytest.mark.parametrize(
     ("special", "expected"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -83,12 +84,27 @@ turn_text = st.text(st.characters(exclude_categories=["Cs"])).filter(
     lambda text: not re.search(r"\n\n(Human|Assistant):", "\n" + text)
 )
 turns = st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), turn_text), min_size=1, max_size=6)
+systems = st.lists(st.builds(Message, st.just("system"), turn_text), max_size=1)
 
 
 @settings(max_examples=200, deadline=None)
-@given(turns)
-def test_transcripts_round_trip(messages: list[Message]) -> None:
-    assert parse_transcript(to_transcript(messages)) == tuple(messages)
+@given(systems, turns)
+def test_transcripts_round_trip(system: list[Message], messages: list[Message]) -> None:
+    assert parse_transcript(to_transcript(system + messages)) == (*system, *messages)
+
+
+def test_a_system_turn_counts_only_at_the_start_of_a_transcript() -> None:
+    row = {name: "\n\nSystem: Be kind." + HH[name] for name in HH}
+    assert detect_format(row) == "hh"
+    assert content(from_hh(row)) == ((Message("system", "Be kind."), *DIALOGUE), "La la.", "No.")
+    spoken = "\n\nHuman: Two parts:\n\nSystem: a pump\n\nAssistant: "
+    assert from_hh({"chosen": spoken + "a", "rejected": spoken + "b"}).prompt == (
+        Message("user", "Two parts:\n\nSystem: a pump"),
+    )
+    others = "System: Be kind.\n\nUser: Hi\n\nAssistant:"
+    row = {"chosen": others + " Hello", "rejected": others + " No"}
+    assert detect_format(row) == "trl"
+    assert from_trl(row).prompt == others
 
 
 def test_trl_text_and_mixed_columns() -> None:
@@ -111,6 +127,8 @@ def test_trl_messages_explicit_repeated_and_implicit() -> None:
     assert content(from_trl({"prompt": prompt, "chosen": good, "rejected": bad})) == expected
     assert content(from_trl({"chosen": prompt + good, "rejected": prompt + bad})) == expected
     assert content(from_trl({"prompt": prompt, "chosen": prompt + good, "rejected": prompt + bad})) == expected
+    unsaid: dict[str, Any] = {"name": "Ann", "tool_calls": [], "refusal": None}
+    assert content(from_trl({"prompt": prompt, "chosen": [good[0] | unsaid], "rejected": bad})) == expected
     # A text prompt beside full dialogues, as some public sets have it.
     assert content(from_trl({"prompt": "Hi", "chosen": prompt + good, "rejected": prompt + bad})) == expected
     assert content(from_trl({"prompt": "Hi", "chosen": good, "rejected": bad}))[0] == (Message("user", "Hi"),)
@@ -142,6 +160,8 @@ def test_trl_implicit_text_prompt(chosen: str, rejected: str, expected: tuple[st
         ({"prompt": "q", "chosen": "a", "rejected": {"x": 1}}, "type", "rejected must be text, got dict"),
         ({"chosen": "abc", "rejected": "xyz"}, "empty", "share no start"),
         ({"chosen": "abc", "rejected": "abc"}, "identical", "says nothing"),
+        ({"chosen": "Q: Yes.", "rejected": "Q: Yes. So."}, "schema", "rejected begins with all of chosen; add a"),
+        ({"chosen": "Q: Yes\n", "rejected": "Q: Yes"}, "schema", "begins with all of rejected; add a prompt column"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "type", "margin must be a number, got str"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, "value", "margin must be finite"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "value", "margin must be finite"),
@@ -155,6 +175,11 @@ def test_trl_implicit_text_prompt(chosen: str, rejected: str, expected: tuple[st
         ({"chosen": said(("user", "q")), "rejected": said(("user", "q"))}, "schema", "it ends with user"),
         ({"chosen": said(("human", "q")), "rejected": said(("user", "q"))}, "type", "chosen[0].role must be one of"),
         ({"chosen": [{"role": "user"}], "rejected": [{}]}, "type", "chosen[0] must be {'role', 'content'}"),
+        (
+            {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "rejected": []},
+            "schema",
+            "chosen[0] must hold role and content only, got also tool_calls",
+        ),
         (
             {"prompt": "other", "chosen": said(("user", "q"), ("assistant", "a")), "rejected": "b"},
             "prompts-differ",
@@ -217,6 +242,11 @@ def test_published_strength_is_read_back() -> None:
 def test_published_refusals(change: dict[str, object], message: str) -> None:
     with pytest.raises(RowError, match=re.escape(message)):
         from_strength({**HH, **STRENGTH, **change})
+
+
+def test_a_chance_of_a_wrong_label_is_one() -> None:
+    with pytest.raises(RowError, match=re.escape("p_flip must lie in [0, 1], got 1.7")):
+        read_strength({"strength_mean": -1, "p_flip": 1.7})
 
 
 def test_odd_bare_turns_are_counted_from_the_end() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from steelyard.errors import InputError
 from steelyard.evaluate.examination import RewardEvaluationConfig, examine_models, read_weighed, training_length
 from steelyard.evaluate.health import accuracy_groups, by_length, checkup, correlation, cross_fit, length_bias, scale
 from steelyard.evaluate.reward import bootstrap_mean, estimate, resampled_sums
+from steelyard.evaluate.units import Units
+from steelyard.measure import write_strength
 from steelyard.strength import fit_temperature
+from steelyard.types import Message, Preference, Strength
 
 
 def prompts(n: int, each: int = 1) -> list[str]:
@@ -170,6 +175,18 @@ def test_pairs_without_a_strength_are_left_out_of_its_groups_only() -> None:
     assert found["longer_is_right"] == [0.5, 0.5, 0.5], "equal lengths tell nothing"
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_few_units_leave_some_resamples_empty_without_a_warning(pairs: int) -> None:
+    """Three responses of one prompt: a draw of them may hold neither side of any pair."""
+    units = Units.of("responses", ["a", "b", "a"][:pairs], ["b", "c", "c"][:pairs])
+    args: Any = {"prompts": ["p"] * pairs, "units": units, "normal": (0.0, 1.0)}
+    lengths: Any = {"chosen_length_N": np.arange(pairs) + 3, "rejected_length_N": np.full(pairs, 4)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = checkup(np.arange(pairs) + 0.5, np.ones(pairs), strength_N=np.ones(pairs), **args, **lengths)
+    assert found["scale"]["mean"][0] == pytest.approx((np.arange(pairs).mean() + 1.5) / 2)
+
+
 # ---- files and models ----------------------------------------------------------------------------------------------
 
 
@@ -177,7 +194,7 @@ def weighed(folder: Path, rows: list[dict[str, Any]], means: list[float]) -> Pat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: [r[name] for r in rows] for name in ("id", "chosen", "rejected")}
+    columns = {name: [r[name] for r in rows] for name in ("id", "prompt", "chosen", "rejected")}
     folder.mkdir(parents=True)
     pq.write_table(pa.table(columns | {"strength_mean": means}), folder / "strength.parquet")
     return folder
@@ -235,12 +252,52 @@ def test_strengths_may_come_from_a_folder(planted_reward: Path, tmp_path: Path) 
     (entry,) = examine_models(RewardEvaluationConfig(**settings))["reward.json"]["by_strength"]
     assert sum(g["n"] for g in entry["groups"]) == 30
     assert entry["groups"][0]["from"] == -2.0, "its label was turned after it was weighed"
-    other = weighed(tmp_path / "other", [r | {"id": f"x{i}"} for i, r in enumerate(rows)], [1.0] * 40)
+    copied = tiny.write_jsonl(tmp_path / "copy.jsonl", [{k: r[k] for k in r if k != "id"} for r in rows])
+    (again,) = examine_models(RewardEvaluationConfig(**settings | {"data": (copied,)}))["reward.json"]["by_strength"]
+    assert again["groups"] == entry["groups"], "its ids come from another file's name, its texts are the same"
+    other = weighed(tmp_path / "other", [r | {"id": f"x{i}", "prompt": "w1"} for i, r in enumerate(rows)], [1.0] * 40)
     with pytest.raises(InputError, match="of other pairs"):
         examine_models(RewardEvaluationConfig(**settings | {"strength": str(other)}))
     weighed(tmp_path / "w" / "strength" / "out-of-fold", rows, [1.0] * 40)
     with pytest.raises(InputError, match=r"one strength.parquet.*in-sample.*out-of-fold"):
         read_weighed(str(tmp_path / "w"))
+
+
+def test_strengths_of_conversations_are_found_by_their_texts(tmp_path: Path) -> None:
+    prompt, p = (Message("system", "w1"), Message("user", "w2")), Strength(2.0, 1.0, 3.0, 4, 0.1)
+    pairs = [Preference("p:1", prompt, "good", "bad"), Preference("p:2", "w3", "good", "bad")]
+    write_strength(tmp_path / "strength.parquet", pairs, [p, p], None, None)
+    strengths = read_weighed(str(tmp_path))
+    found = [strengths.of(Preference("annotated:1", *texts)) for texts in (
+        (prompt, "good", "bad"), (prompt, "bad", "good"), ("w3", "bad", "good"), ("w4", "good", "bad")
+    )]  # fmt: skip
+    assert found == pytest.approx([2.0, -2.0, -2.0, np.nan], nan_ok=True)
+
+
+def test_what_a_file_holds_is_said_once_for_several_models(
+    planted_reward: Path, reward_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tiny.planted_pairs(8, seed=2)[0]
+    rows[3]["rejected"], rows[5]["rejected"] = rows[3]["chosen"], f" {rows[5]['chosen']}"
+    data = tiny.write_jsonl(tmp_path / "own.jsonl", rows)
+    models = (str(planted_reward / "model"), reward_model("llama"))
+    found = examine_models(RewardEvaluationConfig(model=models, data=(data,), max_length=64))
+    said = capsys.readouterr().out
+    assert said.count(f"{data}: 8 rows read, 7 usable (format: trl)\n  identical: 1 (") == 1
+    assert said.count(f"{data}: 1 pairs left out: chosen and rejected are the same tokens\n") == 1
+    left_out = "1 pairs left out: chosen and rejected are the same tokens; 1 pairs left out: chosen equals rejected"
+    assert [(r["n"], r["left_out"]) for r in found["reward.json"]["rows"]] == [(6, left_out)] * 2
+    same = tiny.write_jsonl(tmp_path / "same.jsonl", [r | {"rejected": r["chosen"]} for r in rows])
+    with pytest.raises(InputError, match=r"no usable pair .*\(8 pairs left out: chosen equals rejected\)"):
+        examine_models(RewardEvaluationConfig(model=models, data=(same,), max_length=64))
+
+
+def test_of_a_run_the_model_in_it_is_named(planted_reward: Path, planted: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"holds a run, not a model; name the model in it: {planted_reward}/model"):
+        examine_models(RewardEvaluationConfig(model=(str(planted_reward),), data=(planted["clean"],)))
+    shutil.copy(planted_reward / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        training_length(str(tmp_path), None)
 
 
 def test_malformed_rows_are_refused_or_skipped_and_counted(planted_reward: Path, tmp_path: Path) -> None:

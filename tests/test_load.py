@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from steelyard.data.load import load_demonstrations, load_preferences, load_prompts
+from steelyard.data.load import _unique, load_demonstrations, load_preferences, load_prompts
 from steelyard.data.split import prompt_key, split_by_prompt
 from steelyard.errors import InputError
 from steelyard.types import Message, Preference
@@ -114,6 +114,20 @@ def test_ids_and_sources(tmp_path: Path) -> None:
         load_preferences(put(tmp_path, lines(GOOD | {"id": 1.5})))
 
 
+def test_one_id_for_all_rows_takes_no_longer_than_ids_of_their_own() -> None:
+    class Counting(dict[str, int]):
+        asked = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.asked += 1
+            return super().__contains__(key)
+
+    used = Counting()
+    assert [_unique("a", used) for _ in range(500)] == ["a", *(f"a#{n}" for n in range(2, 501))]
+    assert used.asked < 1500
+    assert [_unique(id, used) for id in ("b#2", "b", "b", "a#2", "a")] == ["b#2", "b", "b#3", "a#2#2", "a#501"]
+
+
 @pytest.mark.parametrize(
     ("raw", "kind", "message"),
     [
@@ -128,7 +142,12 @@ def test_ids_and_sources(tmp_path: Path) -> None:
         (b'{"prompt": "q", "chosen": "a", "rejected": "\\n"}', "empty", "rejected is empty"),
         (b'{"prompt": "q", "chosen": "a", "rejected": 5}', "type", "rejected must be text, got int 5"),
         (b'{"prompt": "q", "chosen": "a", "rejected": "b", "flip_prob": -1}', "value", "flip_prob must lie in [0, 1]"),
-        (json.dumps(HH[0]).encode(), "schema", "the row looks like format hh, the file like trl"),
+        (
+            json.dumps(HH[0]).encode(),
+            "schema",
+            "hh, the file like trl: mend it, move it to another file, or name the format (in Python: format='trl')",
+        ),
+        (b'{"prompt": "q", "chosen": "a", "rejected": "b", "strength_mean": 1, "p_flip": 2}', "value", "p_flip must"),
     ],
 )
 def test_malformed_rows_name_file_and_line(tmp_path: Path, raw: bytes, kind: str, message: str) -> None:
@@ -188,6 +207,7 @@ def test_findings_are_reported_and_never_stop(tmp_path: Path) -> None:
     assert found["identical"] == f"{path}:2: chosen and rejected are equal: the pair says nothing"
     assert found["duplicate"] == f"{path}:3: the same pair as {path}:1"
     assert found["contradiction"] == f"{path}:4: labelled the other way round at {path}:1"
+    assert loaded.left_out("all else") == "all else; 1 pairs left out: chosen equals rejected"
     text = loaded.report.text()
     assert text.startswith(f"{path}: 5 rows read, 4 usable (format: trl)\n")
     assert "no-end-mark: 1" in text
@@ -236,6 +256,8 @@ def test_the_format_can_be_named(tmp_path: Path) -> None:
         ("prefs.csv", b"prompt,chosen,rejected\n", "holds no rows"),
         ("prefs.csv", b"prompt,prompt\n1,2\n", "prefs.csv:1: the header names a column twice"),
         ("prefs.csv", b'prompt,chosen,rejected\nq,a,b\nq,"a,b\n', "prefs.csv:3: not valid CSV in the row"),
+        ("prefs.csv", "prompt,chosen\r\nq,a\r\n".encode("utf-16"), "prefs.csv:1: not UTF-8: byte 0xff at byte"),
+        ("prefs.csv", "prompt,chosen\r\nq,a\r\n".encode("utf-16-le"), "prefs.csv:1: not UTF-8: it holds NUL bytes"),
         ("prefs.json", b'[{"a": 1},\n{"b" 2}]', "prefs.json:2: not valid JSON in this object: Expecting ':'"),
         ("prefs.json", b'[{"a": 1}\n{"b": 2}]', "prefs.json:1: not valid JSON: ',' or ']' must follow"),
         ("prefs.json", b'[{"a": 1}] x', "prefs.json:1: not valid JSON: more text follows"),
@@ -303,8 +325,9 @@ def test_folders_with_splits(tmp_path: Path) -> None:
     assert len(load_preferences(tmp_path / "both", split="train").preferences) == 2
     assert load_preferences(tmp_path / "both", split="test").preferences[0].source == f"{tmp_path / 'both'}:1"
     for split, got in ((None, "none was named"), ("dev", "got 'dev'")):
-        with pytest.raises(InputError, match=f"name one of its splits train, test .*{got}"):
+        with pytest.raises(InputError, match=rf"splits train, test, by its folder \(.*both/train\) or .*{got}"):
             load_preferences(tmp_path / "both", split=split)
+    assert len(load_preferences(tmp_path / "both" / "train").preferences) == 2
     datasets.DatasetDict({"only": datasets.Dataset.from_list(TEXT)}).save_to_disk(tmp_path / "one")
     assert len(load_preferences(tmp_path / "one").preferences) == 3
     with pytest.raises(InputError, match=re.escape("without splits; leave split='x' out")):

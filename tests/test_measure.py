@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import torch
 
 import tiny
 from conftest import Folders
-from steelyard.data.encode import Tree
+from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.measure import MemberConfig, StrengthConfig, check, measure
-from steelyard.members.config import LoraConfig
+from steelyard.members.config import LoraConfig, held_out_plan
+from steelyard.members.head import head_scores
 from steelyard.members.lora import adapt
 from steelyard.members.run import member_tokens
 from steelyard.models.cache import TrunkCache
@@ -26,7 +29,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.parallel import JobError
 from steelyard.strength import out_of_fold_plan
 from steelyard.train.optim import OptimConfig
-from steelyard.types import Strength
+from steelyard.types import Preference, Strength
 
 
 def configure(planted: dict[str, str], model: str, **settings: Any) -> StrengthConfig:
@@ -102,6 +105,20 @@ def test_planted_flips_are_found(
     else:
         assert not held_out.any()
     assert measure(config, preferences, out, truth=truth, noise=noise, resume=True, quiet=True) == strengths
+    turned = [replace(preferences[0], chosen="other"), *preferences[1:]]
+    for others in (turned, preferences[:-1]):
+        with pytest.raises(InputError, match=f"holds the strengths of other pairs than these {len(others)}"):
+            measure(config, others, out, resume=True, quiet=True)
+
+
+def test_equal_strengths_have_no_correlation_with_length(language_model: Folders, tmp_path: Path) -> None:
+    """Each pair labelled both ways: nothing can be learned, and the run must not end on a number that is not there."""
+    pairs = [
+        Preference(f"{i}{way}", f"p{i}", *(("a", "b b") if way else ("b b", "a"))) for i in range(4) for way in (0, 1)
+    ]
+    config = StrengthConfig(data="pairs", model=language_model("llama"), members=2, max_length=64)
+    measure(config, pairs, tmp_path / "s", quiet=True)
+    assert json.loads((tmp_path / "s/result.json").read_text())["length_correlation"] is None
 
 
 def test_out_of_fold_members_never_see_what_they_judge(
@@ -177,6 +194,68 @@ def test_settings_without_effect_are_refused_by_name(
     with pytest.raises(InputError, match=named):
         check(resolved)
     check(StrengthConfig.model_validate(configure(planted, "somewhere").model_dump()))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_few_pairs_are_weighed(n: int, language_model: Folders, planted: dict[str, str], tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.planted_pairs(n)[0])
+    config = configure(planted, language_model("llama"), data=data, members=2)
+    strengths = measure(config, load_preferences(data).preferences, tmp_path / "s", quiet=True)
+    assert all(isinstance(s, Strength) for s in strengths)
+
+
+def test_pairs_of_one_prompt_are_weighed_in_sample(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path
+) -> None:
+    """Pairs take the prompts' place, in the choice of the penalty and in the bootstrap: members differ."""
+    rows, wrong = tiny.planted_pairs(60, flips=0.2, seed=1)
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [row | {"prompt": "w1 w2"} for row in rows])
+    preferences = load_preferences(data).preferences
+    config = configure(planted, language_model("llama"), data=data, members=3)
+    with pytest.raises(InputError, match=r"d\.jsonl: .*got 1 and 2; use --scoring in-sample, or add data"):
+        measure(config, preferences, tmp_path / "out-of-fold", quiet=True)
+    with pytest.raises(InputError, match=r"got 1 and 3; use --scoring in-sample"):
+        held_out_plan(config.model_copy(update={"folds": 3}), ["p"] * 60)
+    with pytest.raises(InputError, match=r"got 2 and 3; lower --folds, use --scoring in-sample"):
+        held_out_plan(config.model_copy(update={"folds": 3}), ["p", "q"] * 30)
+    config = config.model_copy(update={"scoring": "in-sample"})
+    found = measure(config, preferences, tmp_path / "s", quiet=True)
+    mean = np.array([s.mean for s in found if s is not None])
+    assert mean[~wrong].mean() > mean[wrong].mean()
+    assert np.mean([s.std for s in found if s is not None]) > 0.01 * np.abs(mean).mean()
+    with pytest.raises(InputError, match=r"d\.jsonl: too few pairs to choose the penalty .* set --penalty"):
+        measure(config, preferences[:1], tmp_path / "one", quiet=True)
+    measure(config.model_copy(update={"penalty": 0.1}), preferences[:1], tmp_path / "given", quiet=True)
+
+
+def heads(config: StrengthConfig, pairs: Sequence[Preference] | None, out: Path, *, quiet: bool = True) -> np.ndarray:
+    encoder = Encoder.load(config.model, max_length=64)
+    preferences = load_preferences(config.data).preferences
+    keys = [str(p.prompt) for p in preferences]
+    trees = encoder.encode(preferences).trees
+    return head_scores(config, encoder, trees, keys, held_out_plan(config, keys), out, pairs=pairs, quiet=quiet)[0]
+
+
+def test_heads_read_weights_and_soft_labels(
+    language_model: Folders, planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong labels that are known for certain flips, or weigh nothing, no longer mislead the members."""
+    config = configure(planted, language_model("llama"), members=2)
+    pairs = load_preferences(planted["noisy"]).preferences
+    wrong = np.array([t < 0 for t in truth_of()[0].values()])
+    out = tmp_path / "a"
+    out.mkdir()
+    plain = heads(config, None, out)
+    np.testing.assert_array_equal(heads(config, pairs, out), plain)
+    mended = heads(config, [replace(p, flip_prob=float(w)) for p, w in zip(pairs, wrong, strict=True)], out)
+    dropped = heads(config, [replace(p, weight=float(not w)) for p, w in zip(pairs, wrong, strict=True)], out)
+    found = [((np.nanmean(s[..., 0] - s[..., 1], 0) < 0) == wrong).mean() for s in (plain, mended, dropped)]
+    assert min(found[1:]) > found[0] + 0.02
+    with pytest.raises(InputError, match=r"noisy\.jsonl: all 240 usable pairs have weight 0"):
+        heads(config, [replace(p, weight=0.0) for p in pairs], out)
+    assert capsys.readouterr().out == ""
+    heads(config, [replace(pairs[0], margin=0.5), *pairs[1:]], out, quiet=False)
+    assert "noisy.jsonl: 1 pairs have a `margin`, which head members do not read" in capsys.readouterr().out
 
 
 def scores_of(folder: Path) -> np.ndarray:

@@ -679,6 +679,15 @@ def test_the_command(
     assert json.loads((tmp_path / "rm" / "result.json").read_text())["steps"] == 3
 
 
+def test_preferences_that_all_weigh_nothing_are_refused(
+    language_model: Folders, meta_file: str, tmp_path: Path
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [row | {"weight": 0} for row in tiny.planted_pairs(4)[0]])
+    with pytest.raises(InputError, match=r"d\.jsonl: all 4 usable pairs have weight 0.*`weight` above 0"):
+        train_metarm(settings(data, language_model("llama"), meta_file), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_meta_files_are_checked(meta_file: str, language_model: Folders, reward_model: Folders, tmp_path: Path) -> None:
     said: list[str] = []
     encoder = Encoder.load(language_model("llama"), max_length=64)

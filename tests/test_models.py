@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
@@ -61,6 +63,15 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name in ours:
         error, size = (ours[name] - theirs[name]).abs().max(), theirs[name].abs().max()
         assert error <= 2e-5 * size + 1e-7, (name, float(error), float(size))
+
+
+def rewritten(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a model folder with other weights."""
+    shutil.copytree(folder, out)
+    weights = load_file(out / "model.safetensors")
+    change(weights)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -203,6 +214,46 @@ class TestRefusals:
         assert is_reward_model(reward_model("llama"))
         with pytest.raises(InputError, match=r"LlamaForCausalLM.*not a reward model.*steelyard train reward"):
             RewardModel.load(language_model("llama"))
+
+    def test_weights_that_are_not_there(self, tmp_path: Path, language_model: Folders, reward_model: Folders) -> None:
+        """transformers fills them with random numbers: scores would be noise without a sign."""
+        headless = rewritten(reward_model("llama"), tmp_path / "rm", lambda w: w.pop("score.weight"))
+        with pytest.raises(InputError, match=r"rm: 1 of the model's weights are not in its files \(score\.weight\)"):
+            RewardModel.load(headless)
+        short = rewritten(
+            language_model("llama"), tmp_path / "lm", lambda w: [w.pop(n) for n in list(w) if "layers.1" in n]
+        )
+        with pytest.raises(InputError, match=r"lm: \d+ of the model's weights are not in its files \(model\.layers\.1"):
+            PolicyModel.load(short)
+        wrapped = rewritten(
+            language_model("llama"), tmp_path / "ddp", lambda w: [w.update({f"module.{n}": w.pop(n)}) for n in list(w)]
+        )
+        with pytest.raises(InputError, match=r"which hold others that it has no place for \(module\."):
+            RewardModel.from_language_model(wrapped, pad_id=tiny.PAD, seed=0)
+
+    def test_weights_that_are_not_finite(self, tmp_path: Path, reward_model: Folders) -> None:
+        folder = rewritten(reward_model("llama"), tmp_path / "rm", lambda w: w["score.weight"].fill_(float("nan")))
+        with pytest.raises(InputError, match=r"rm: 1 of the model's weights are not finite \(score\.weight\)"):
+            RewardModel.load(folder)
+
+    def test_classifiers_that_are_no_reward_models(self, tmp_path: Path) -> None:
+        from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
+
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertForSequenceClassification(BertConfig(vocab_size=31, num_labels=1, **shape)).save_pretrained(tmp_path / "b")
+        with pytest.raises(InputError, match="BertForSequenceClassification: has no linear head `score`"):
+            RewardModel.load(tmp_path / "b")
+        config = tiny.build_config("llama")
+        config.num_labels = 3
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / "l")
+        with pytest.raises(InputError, match="l: holds a classifier of 3 classes; start from a language model"):
+            RewardModel.from_language_model(tmp_path / "l", pad_id=tiny.PAD, seed=0)
+
+    def test_a_tokenizer_of_another_model(self, reward_model: Folders) -> None:
+        model = RewardModel.load(reward_model("llama"))
+        size = model.hf.config.vocab_size
+        with pytest.raises(InputError, match=rf"gives token {size}, but the model knows {size} .*its folder"):
+            model.score([Tree((1, size), ((2,), (3,)))], pad_id=tiny.PAD)
 
     def test_a_recurrent_model(self, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import Folders
 from steelyard.data.encode import Encoder
 from steelyard.models.reward import RewardModel
 from steelyard.probe import STRENGTHS, Probes, bootstrap_rows, features, layer_choice
+from steelyard.types import Preference
 
 
 def test_layers_are_spread_over_the_upper_half() -> None:
@@ -72,6 +74,42 @@ def test_a_fit_is_the_optimum_of_the_penalised_likelihood() -> None:
     np.testing.assert_allclose(Probes(both).fit(rows, C, seed=0), best, rtol=2e-2, atol=2e-3)
 
 
+def weighed(weights: Sequence[float], flip_probs: Sequence[float]) -> list[Preference]:
+    return [Preference("", "", "a", "b", flip_prob=a, weight=w) for w, a in zip(weights, flip_probs, strict=True)]
+
+
+def test_a_single_pair_is_fitted() -> None:
+    """In one dimension, with d scaled to 1 and C = 0.1, the optimum solves w = 0.1 sigmoid(-w)."""
+    for pairs in (None, weighed([1], [0])):
+        weights = Probes(np.array([[[3.0], [1.0]]], dtype=np.float32), pairs).fit([0], 0.1, seed=0)
+        assert weights == pytest.approx([0.048779], abs=2e-3)
+
+
+def test_pairs_that_count_alike_are_fitted_as_without_weights_bit_for_bit() -> None:
+    both, _ = make(flips=0.2)
+    plain, alike = Probes(both), Probes(both, weighed([1] * 300, [0] * 300))
+    held_out = np.arange(300) % 3 == 0
+    fits = [probes.fit(np.arange(200), 0.1, 0) for probes in (plain, alike)]
+    np.testing.assert_array_equal(*fits)
+    assert plain.loss(fits[0], [3, 8]) == alike.loss(fits[0], [3, 8])
+    assert plain.choose_penalty(held_out, 0) == alike.choose_penalty(held_out, 0)
+
+
+def test_weights_and_doubts_count_as_so_many_pairs_and_reverses() -> None:
+    """Weight 2 is the pair twice, 0 is no pair, a certain flip the reverse and a doubted label a share of both."""
+    both, _ = make(n=60, flips=0.2)
+    weights, doubts = [2.0, 0.0, 1.0, 4.0] * 15, [0.0, 0.0, 1.0, 0.25] * 15
+    probes = Probes(both, weighed(weights, doubts))
+    forward, backward = [2, 0, 0, 3] * 15, [0, 0, 1, 1] * 15
+    spelled = Probes(np.concatenate([np.repeat(both, forward, 0), np.repeat(both[:, ::-1], backward, 0)]))
+    spelled.differences *= spelled.scale / probes.scale  # in the units of the same data
+    rows = np.arange(len(spelled.features))
+    fit = spelled.fit(rows, 0.1, 0)
+    np.testing.assert_allclose(probes.fit(np.arange(60), 0.1, 0), fit, rtol=2e-2, atol=2e-3)
+    assert probes.loss(fit, np.arange(60)) == pytest.approx(spelled.loss(fit, rows), rel=1e-5)
+    assert not probes.fit(np.arange(1, 60, 4), 0.1, 0).any()
+
+
 def test_the_seed_only_decides_how_pairs_are_shown() -> None:
     both, _ = make(flips=0.2)
     probes = Probes(both)
@@ -122,3 +160,9 @@ def test_a_bootstrap_draws_whole_prompts() -> None:
     assert counts[:, 0].sum() == 20
     assert (counts[:, 0] == 0).any()
     assert not np.array_equal(rows, bootstrap_rows(keys, 1))
+
+
+def test_a_bootstrap_of_a_single_prompt_draws_pairs() -> None:
+    rows = bootstrap_rows(["p"] * 20, 0)
+    assert len(rows) == 20
+    assert 1 < len(set(rows)) < 20

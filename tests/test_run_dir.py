@@ -93,6 +93,25 @@ def test_resume_names_every_field_that_differs(tmp_path: Path) -> None:
         RunDir.open(tmp_path, changed, resume=True)
 
 
+def test_resume_notices_that_a_file_it_reads_was_changed(tmp_path: Path) -> None:
+    """The configuration holds its name only: two halves of a run would come from different pairs."""
+    run, data = tmp_path / "run", tmp_path / "pairs.jsonl"
+    data.write_text("1\n")
+    named = Settings(name=str(data))
+    RunDir.open(run, named, resume=False).close()
+    RunDir.open(run, named, resume=True).close()
+    data.write_text("2\n")
+    with pytest.raises(InputError, match=r"pairs\.jsonl: changed since the run in .*run began.*put the old file back"):
+        RunDir.open(run, named, resume=True)
+    data.unlink()  # what a finished run has read may be gone
+    RunDir.open(run, named, resume=True).close()
+    data.write_text("1\n")
+    RunDir.open(run, named, resume=True).close()
+    (run / "inputs.json").unlink()  # as an older version left it
+    data.write_text("2\n")
+    RunDir.open(run, named, resume=True).close()
+
+
 def test_a_run_refused_for_bad_input_before_it_began_leaves_the_folder_free(tmp_path: Path) -> None:
     def begin(*, resume: bool, log: bool) -> None:
         with RunDir.open(tmp_path, Settings(), resume=resume) as run:

@@ -200,6 +200,8 @@ def test_the_plan_follows_the_seed() -> None:
 def test_impossible_plans_are_refused() -> None:
     with pytest.raises(InputError, match="2 prompts and 3 folds"):
         out_of_fold_plan(["a", "b", "a", "b"], members=3, folds=3, seed=0)
+    with pytest.raises(InputError, match=r"1 prompts and 2 folds; add data$"):
+        out_of_fold_plan("aa", members=2, folds=2, seed=0)
     with pytest.raises(InputError, match="multiple of folds"):
         out_of_fold_plan("abcdef", members=5, folds=2, seed=0)
     with pytest.raises(InputError, match="multiple of folds"):

@@ -206,6 +206,19 @@ def test_rows_restrict_the_training_data(planted: dict[str, str], encoder: Encod
         read_pairs(planted["clean"], encoder, [])
 
 
+def test_a_file_of_identical_pairs_is_refused_for_what_it_is(encoder: Encoder, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "same.jsonl", [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}] * 5)
+    with pytest.raises(InputError, match=r"no usable pair is left .*\(5 pairs left out: chosen equals rejected\)"):
+        read_pairs(data, encoder)
+
+
+def test_pairs_that_all_weigh_nothing_are_refused(language_model: Folders, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [row | {"weight": 0} for row in tiny.planted_pairs(4)[0]])
+    with pytest.raises(InputError, match=r"d\.jsonl: all 4 usable pairs have weight 0.*`weight` above 0"):
+        train_reward(RewardConfig(data=data, model=language_model("llama")), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_malformed_rows_stop_or_are_skipped_as_configured(
     language_model: Folders, planted: dict[str, str], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from steelyard.data.encode import Encoder
+from steelyard.data.formats import prompt_text
 from steelyard.data.load import load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -44,7 +45,8 @@ def measure(
 ) -> list[Strength | None]:
     """The strength of each preference (None where it could not be tokenised), in order.
 
-    Leaves in `out`: strength.parquet, margins.npz (members' scores), cost.json (members.cost.Cost), result.json.
+    Leaves in `out`: strength.parquet, margins.npz (members' scores), cost.json (members.cost.Cost), left_out.json
+    (id -> reason), result.json.
     `truth` (1 right, -1 wrong, 0 tie, by id) and `noise` (what made it wrong) are compared with the outcome and never
     used before.
     """
@@ -58,13 +60,15 @@ def measure(
         keys = [prompt_key(preferences[i].prompt) for i in encoded.index]
         plan = held_out_plan(config, keys)
         if run.finished:
-            scores = np.load(out / "margins.npz")["scores"]
+            scores, index = read_scores(out)
+            _require_measured(out, preferences, index, encoded.index)
         else:
             run.restore()
             if config.backend != "head":
                 _check_same(config, preferences)
+            pairs = [preferences[i] for i in encoded.index]
             scores, shared, members = run_members(
-                config, encoder, encoded.trees, encoded.index, keys, plan, out, quiet=quiet
+                config, encoder, encoded.trees, encoded.index, keys, plan, out, pairs=pairs, quiet=quiet
             )
             write_json_atomic(out / "cost.json", {"shared": asdict(shared), "members": [asdict(c) for c in members]})
             _save_scores(out / "margins.npz", scores, encoded.index)
@@ -76,6 +80,8 @@ def measure(
             strengths[i] = s
         if not run.finished:
             write_strength(out / "strength.parquet", preferences, strengths, truth, noise)
+            left_out = {preferences[i].id: reason for i, reason in encoded.left_out.items()}
+            write_json_atomic(out / "left_out.json", left_out)
             result = {
                 "members": config.members,
                 "backend": config.backend,
@@ -89,6 +95,19 @@ def measure(
             }
             run.finish(result | describe(preferences, strengths, margins, encoded.index, truth, noise))
     return strengths
+
+
+def _require_measured(
+    out: Path, preferences: Sequence[Preference], measured: Sequence[int], usable: Sequence[int]
+) -> None:
+    """Raise InputError unless the finished run in `out` weighed these very pairs."""
+    table = pq.read_table(out / "strength.parquet", columns=["id", "chosen", "rejected"]).to_pydict()
+    given = [(preferences[i].id, preferences[i].chosen, preferences[i].rejected) for i in usable]
+    if list(measured) != list(usable) or list(zip(*table.values(), strict=True)) != given:
+        raise InputError(
+            f"{out}: holds the strengths of other pairs than these {len(given)}; give the pairs that it measured, or "
+            "use another folder"
+        )
 
 
 def _check_same(config: StrengthConfig, preferences: Sequence[Preference]) -> None:
@@ -123,8 +142,13 @@ def describe(
         "actions": {a: sum(s.action == a for s in kept) for a in ("keep", "soften", "flip")},
         "groups": [asdict(g) for g in groups(mean, std, n=min(20, len(mean)), agreement=agreement)],
         "detection": found,
-        "length_correlation": float(np.corrcoef(mean, longer)[0, 1]) if len(mean) > 2 and longer.std() > 0 else None,
+        "length_correlation": _correlation(mean, longer),
     }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's; None where it does not exist."""
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 2 and a.std() > 0 and b.std() > 0 else None
 
 
 def _detections(
@@ -179,10 +203,7 @@ def write_strength(
     rows = [(p, s) for p, s in zip(preferences, strengths, strict=True) if s is not None]
     columns: dict[str, list[Any]] = {
         "id": [p.id for p, _ in rows],
-        "prompt": [
-            p.prompt if isinstance(p.prompt, str) else "\n\n".join(f"{t.role}: {t.content}" for t in p.prompt)
-            for p, _ in rows
-        ],
+        "prompt": [prompt_text(p.prompt) for p, _ in rows],
         "chosen": [p.chosen for p, _ in rows],
         "rejected": [p.rejected for p, _ in rows],
         "strength_mean": [s.mean for _, s in rows],

@@ -3,7 +3,8 @@
 The trunk reads every distinct response once. Of several layers two features are kept for each: the state at its last
 token and the mean over its tokens. A member is a Bradley-Terry model that is linear in them, fitted to the
 optimum (a convex problem, so members differ by the pairs they see, not by their seed's luck): in-sample members
-see a bootstrap of the prompts, out-of-fold members see the folds they do not score.
+see a bootstrap of the prompts, out-of-fold members see the folds they do not score. A pair's `weight` and `flip_prob`
+count as in the training of whole models; its `margin` does not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from steelyard.data.encode import Tree
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import run_trunk
 from steelyard.progress import Progress
+from steelyard.types import Preference
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates for the inverse L2 penalty C
 
@@ -80,27 +82,53 @@ def _pool(states_TD: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
 
 
 class Probes:
-    """Bradley-Terry models linear in the features' differences (of `index`ed rows), all on one common scale."""
+    """Bradley-Terry models linear in the features' differences (of `index`ed rows), all on one common scale.
 
-    def __init__(self, features_N2F: Float[np.ndarray, "N 2 F"]) -> None:
+    With `pairs`, one to a row, each counts by its `weight` and `flip_prob`; without, all count alike.
+    """
+
+    def __init__(self, features_N2F: Float[np.ndarray, "N 2 F"], pairs: Sequence[Preference] | None = None) -> None:
         self.features = features_N2F
         self.differences = np.asarray(features_N2F[:, 0] - features_N2F[:, 1])
         # No centring: swapping a pair must turn the sign of its difference and nothing else.
         self.scale = np.sqrt((self.differences.astype(np.float64) ** 2).mean(0) + 1e-12).astype(np.float32)
         self.differences /= self.scale
+        parts = [(1.0, 0.0)] * len(features_N2F) if pairs is None else [(p.weight, p.flip_prob) for p in pairs]
+        weight, flip_prob = np.array(parts).T
+        # What the label as observed weighs, and its reverse.
+        self.weight_N2 = np.stack([weight * (1 - flip_prob), weight * flip_prob], 1)
+        self.alike = bool((self.weight_N2 == (1, 0)).all())
 
     def fit(self, rows: Sequence[int] | np.ndarray, C: float, seed: int) -> Float[np.ndarray, "F"]:
-        """Weights under which the observed labels are most likely, with an L2 penalty 1 / C per pair."""
+        """Weights under which the observed labels are most likely, with an L2 penalty 1 / C per pair.
+
+        A pair of weight 2 counts as two pairs, and one whose label is wrong by chance a as 1 - a of it and a of its
+        reverse.
+        """
         # The classifier wants two classes: half of the pairs, drawn by the seed, are shown swapped.
         sign = np.where(np.random.default_rng(seed).random(len(rows)) < 0.5, 1.0, -1.0).astype(np.float32)
-        sign[:2] = (1.0, -1.0)
+        sign[:2] = (1.0, -1.0)[: len(rows)]
+        shown = self.differences[rows] * sign[:, None]
+        weight: Float[np.ndarray, "n"] | None = None
+        if len(rows) == 1 or not self.alike:
+            own, reverse = self.weight_N2[rows].T
+            if not (own.any() or reverse.any()):
+                return np.zeros_like(self.scale)
+            # A single pair has but one class: its reverse, of whatever weight, is the other.
+            both = np.flatnonzero((reverse > 0) | (len(rows) == 1))
+            shown, sign = np.concatenate([shown, shown[both]]), np.concatenate([sign, -sign[both]])
+            weight = np.concatenate([own, reverse[both]])
         model = LogisticRegression(C=C, fit_intercept=False, tol=1e-3, max_iter=300)
-        model.fit(self.differences[rows] * sign[:, None], sign)
+        model.fit(shown, sign, sample_weight=weight)
         return model.coef_[0].astype(np.float32)
 
     def loss(self, weights: Float[np.ndarray, "F"], rows: Sequence[int] | np.ndarray) -> float:
-        """Mean negative log-likelihood of the observed labels, in nats."""
-        return float(np.logaddexp(0.0, -(self.differences[rows] @ weights).astype(np.float64)).mean())
+        """Mean negative log-likelihood of the observed labels, in nats, by the pairs' weights (not all 0)."""
+        margin = (self.differences[rows] @ weights).astype(np.float64)
+        if self.alike:
+            return float(np.logaddexp(0.0, -margin).mean())
+        losses = np.stack([np.logaddexp(0.0, -margin), np.logaddexp(0.0, margin)], 1)
+        return float(np.average(losses, weights=self.weight_N2[rows]))
 
     def scores(self, weights: Float[np.ndarray, "F"], rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, "N 2"]:
         """Rewards of chosen and rejected."""
@@ -114,8 +142,13 @@ class Probes:
 
 
 def bootstrap_rows(prompt_keys: Sequence[str], seed: int) -> np.ndarray:
-    """Rows of as many prompts as there are, drawn with replacement: pairs of a prompt stay together."""
+    """Rows of as many prompts as there are, drawn with replacement: pairs of a prompt stay together.
+
+    Of a single prompt pairs are drawn: all draws would be the same otherwise.
+    """
     place = np.unique(np.asarray(prompt_keys), return_inverse=True)[1]
+    if not place.any():
+        place = np.arange(len(place))
     n = int(place.max()) + 1
     drawn = np.bincount(np.random.default_rng(seed).integers(0, n, n), minlength=n)
     return np.repeat(np.arange(len(place)), drawn[place])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import numbers
@@ -121,7 +122,8 @@ class RunDir:
         """Begin a run in `path`, or continue the one it holds.
 
         A folder that holds a run is refused unless `resume`; its config.json must then equal `config` in every
-        field. With `resume`, a folder without a run begins one: a run killed in its first moment left nothing.
+        field, and the files that `config` names must hold what they held (inputs.json). With `resume`, a folder without
+        a run begins one: a run killed in its first moment left nothing.
         `keep` is the number of newest checkpoints to keep. Raises InputError for all of these, and if another
         process has the folder open.
         """
@@ -134,7 +136,10 @@ class RunDir:
         lock = _acquire(path)
         try:
             begun = _check_folder(path, config, resume)
-            if not begun:
+            if begun:
+                _check_inputs(path, config)
+            else:
+                write_json_atomic(path / "inputs.json", _inputs(config))
                 text = json.dumps(config.model_dump(mode="json"), indent=2)
                 write_text_atomic(path / "config.json", text + "\n")
         except BaseException:
@@ -242,7 +247,8 @@ class RunDir:
     ) -> None:
         # A run refused for bad input before its first line never began: the mended input may use the same folder.
         if self._new and isinstance(value, InputError) and not any((self.path / name).exists() for name in _RUN_FILES):
-            (self.path / "config.json").unlink(missing_ok=True)
+            for name in ("config.json", "inputs.json"):
+                (self.path / name).unlink(missing_ok=True)
         self.close()
 
     def _steps(self) -> list[int]:
@@ -360,6 +366,41 @@ def _check_folder(path: Path, config: BaseModel, resume: bool) -> bool:
             + "\nGive the stored values, or use another folder."
         )
     return True
+
+
+def _inputs(config: BaseModel) -> dict[str, str]:
+    """Digests of the files that a configuration names: with other pairs under the same name it is another run.
+
+    Folders are left out: data sets in folders are not rewritten in place, and models are large.
+    """
+    leaves = [json.loads(text) for _, text in _leaves(json.loads(json.dumps(config.model_dump(mode="json"))))]
+    files = sorted({leaf for leaf in leaves if isinstance(leaf, str) and _is_file(leaf)})
+    return {name: _digest(Path(name)) for name in files}
+
+
+def _check_inputs(path: Path, config: BaseModel) -> None:
+    """Raise InputError if a file that a run reads was changed since it began. Runs of older versions recorded none."""
+    stored = path / "inputs.json"
+    before = _read_json(stored) if stored.exists() else {}
+    now = _inputs(config)
+    changed = [name for name, digest in before.items() if now.get(name, digest) != digest]
+    if changed:
+        raise InputError(
+            f"{', '.join(changed)}: changed since the run in {path} began, so what it holds would not belong together; "
+            "put the old file back, or use another folder"
+        )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a text that is no path: too long, or with a null character
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_newer_fields(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def out_of_fold_plan(
     if len(counts) < folds:
         raise InputError(
             f"out-of-fold scoring needs at least as many distinct prompts as folds, "
-            f"got {len(counts)} prompts and {folds} folds; lower folds or add data"
+            f"got {len(counts)} prompts and {folds} folds; {'lower folds or ' if len(counts) > 1 else ''}add data"
         )
     held_out_MN = np.zeros((members, len(prompt_keys)), bool)
     for split in range(members // folds):

@@ -39,13 +39,14 @@ def simulate(args: Args) -> None:
     )  # fmt: skip
     loaded = load_preferences(extra.data, on_invalid=extra.on_invalid)
     print(loaded.report.text())
+    known = _new_beside(extra.out, ".truth.jsonl")
     labels, truth = annotate(loaded.preferences, load_scorer(extra.scorer), noise, extra.seed)
     write_preferences(labels, extra.out)
     lines = [
         {"id": t.id, "wrong": t.wrong, "noise": t.noise, "gold_chosen": t.gold_chosen, "gold_rejected": t.gold_rejected}
         for t in truth
     ]
-    write_text_atomic(extra.out.with_suffix(".truth.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    write_text_atomic(known, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{sum(t.wrong for t in truth)} of {len(truth)} labels are wrong; labels: {extra.out}")
 
 
@@ -63,15 +64,23 @@ def repair_command(args: Args) -> None:
     print(loaded.report.text())
     if not loaded.strengths and options.recipe != "keep":
         raise InputError(f"{extra.data}: no strengths in it; measure them first (`steelyard audit` or `strength`)")
+    log = _new_beside(extra.out, ".changes.jsonl")
     strengths = [loaded.strengths.get(p.id) for p in loaded.preferences]
     repaired, changes = repair(loaded.preferences, strengths, options)
     write_preferences(repaired, extra.out)
-    log = extra.out.with_suffix(".changes.jsonl")
     rows = [{"id": c.id, "action": c.action, "evidence": c.evidence} for c in changes]
     write_text_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
     counts = {a: sum(c.action == a for c in changes) for a in dict.fromkeys(c.action for c in changes)}
     said = ", ".join(f"{a} {n}" for a, n in counts.items()) or "nothing changed"
     print(f"{len(repaired)} of {len(loaded.preferences)} pairs written to {extra.out}: {said}\nevidence: {log}")
+
+
+def _new_beside(out: Path, suffix: str) -> Path:
+    """The second file that a command writes. Raises InputError if there is one: it tells of other labels."""
+    path = out.with_suffix(suffix)
+    if path.exists():
+        raise InputError(f"{path}: exists already, and would be written over; choose another --out, or remove it")
+    return path
 
 
 COMMANDS = {"simulate": simulate, "repair": repair_command}

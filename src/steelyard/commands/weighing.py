@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from steelyard.cli import VERBS
 from steelyard.commands.common import OUT, RESUME, Args, show
-from steelyard.data.export import refuse_annotated, write_annotated, write_published
-from steelyard.data.load import load_preferences
+from steelyard.data.export import fits_json, refuse_annotated, write_annotated, write_published
+from steelyard.data.load import FINDINGS, LoadReport, load_preferences
+from steelyard.errors import InputError
 from steelyard.measure import StrengthConfig, measure, read_scores
 from steelyard.report import build_report
 from steelyard.run_dir import write_json_atomic
@@ -50,6 +52,9 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
     loaded = load_preferences(config.data, on_invalid=config.on_invalid)
     print(loaded.report.text())
     refuse_annotated(loaded)
+    annotated = out / ("annotated.jsonl" if fits_json(loaded.rows) else "annotated.parquet")
+    published = out / "published_format.jsonl"
+    _refuse_mixing(config, out, annotated, published)
     truth = truth_column(loaded.preferences, column, config.data)
     own = StrengthConfig(**{k: getattr(config, k) for k in config.model_fields_set if k in StrengthConfig.model_fields})
     folder = out / "strength" / config.scoring
@@ -58,10 +63,11 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
     if result["left_out"]:
         print(result["left_out"])
     strengths = {p.id: s for p, s in zip(loaded.preferences, measured, strict=True) if s is not None}
-    annotated = write_annotated(loaded, strengths, out / "annotated.jsonl", overwrite=True)
+    reasons = json.loads(path.read_text()) if (path := folder / "left_out.json").exists() else {}
+    write_annotated(loaded, strengths, annotated, reasons=reasons, overwrite=True)
     scores, index = read_scores(folder)
-    published = write_published(
-        [loaded.preferences[i] for i in index], out / "published_format.jsonl",
+    write_published(
+        [loaded.preferences[i] for i in index], published,
         chosen_scores_NM=scores[..., 0].T, rejected_scores_NM=scores[..., 1].T, overwrite=True,
     )  # fmt: skip
     actions = result["actions"]
@@ -75,10 +81,39 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
         name = f"Audit of {Path(config.data).name}"
         about = describe_run(name, config.seed, began, command_line())
         write_json_atomic(out / "run.json", about | {"seconds": time.time() - began})
-        summary = {"tables": tables(out), "stages": [{"name": "strength", "seconds": result["seconds"], "note": ""}]}
+        summary = {
+            "tables": [*tables(out), _rows_table(loaded.report, result)],
+            "stages": [{"name": "strength", "seconds": result["seconds"], "note": ""}],
+        }
         write_json_atomic(out / "summary.json", summary)
         show(summary["tables"])
         print(f"report: {build_report(out)}")
+
+
+def _refuse_mixing(config: StrengthConfig, out: Path, *written: Path) -> None:
+    """Raise InputError, before anything runs, where a file would be written over another measurement or the input."""
+    for path in written:
+        if path.exists() and path.samefile(config.data):
+            raise InputError(f"{path}: is the input, and would be written over; give another --out")
+    for other in sorted((out / "strength").glob("*/config.json")):
+        if other.parent.name != config.scoring:
+            raise InputError(
+                f"{out}: holds a measurement {other.parent.name}, whose {written[0].name} would be written over; give "
+                "another --out (`steelyard run` measures both ways in one folder, with `scorings`)"
+            )
+
+
+def _rows_table(report: LoadReport, result: dict[str, Any]) -> dict[str, Any]:
+    """What became of the file's rows, for the terminal and the report."""
+    rows = [["read", report.rows]]
+    rows += [[f"{kind}: {FINDINGS.get(kind, 'malformed, skipped')}", n] for kind, n in sorted(report.counts.items())]
+    rows.append(["weighed", result["pairs"]])
+    return {
+        "title": f"Rows of {Path(report.file).name}",
+        "columns": ["", "rows"],
+        "rows": rows,
+        "note": result["left_out"],
+    }
 
 
 COMMANDS = {"audit": audit, "strength": strength}

@@ -91,14 +91,10 @@ class Encoder:
         return cls(tokenizer, max_length=max_length, on_overlong=on_overlong)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Tokens of everything before the response."""
+        """Tokens of everything before the response. Raises InputError if the chat template refuses the conversation."""
         if self.templated:
             turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-            text = self.tokenizer.apply_chat_template(
-                [{"role": t.role, "content": t.content} for t in turns],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            text = self._render(turns, add_generation_prompt=True)
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         ids = list(self.tokenizer(self._transcript(prompt)).input_ids)
         return tuple(ids[:-1] if ids and ids[-1] == self.end_id else ids)
@@ -136,7 +132,10 @@ class Encoder:
         return Tree(ids[-room:], responses), True
 
     def encode(self, preferences: Sequence[Preference]) -> Encoded:
-        """Pairs as trees (chosen first). Raises InputError on an over-long pair if `on_overlong` is "error"."""
+        """Pairs as trees (chosen first).
+
+        Raises InputError on an over-long pair if `on_overlong` is "error", and on one that the chat template refuses.
+        """
         trees, index, left_out, truncated = [], [], {}, 0
         for i, p in enumerate(preferences):
             try:
@@ -148,6 +147,8 @@ class Encoder:
                     ) from None
                 left_out[i] = "longer than max_length"
                 continue
+            except InputError as error:
+                raise InputError(f"{p.source or p.id}: {error}") from None
             if tree.responses[0] == tree.responses[1]:
                 left_out[i] = "chosen and rejected are the same tokens"
                 continue
@@ -171,12 +172,24 @@ class Encoder:
             return prompt
         return "".join(f"\n\n{_SPEAKER[t.role]}: {t.content}" for t in prompt) + "\n\nAssistant:"
 
+    def _render(self, turns: Sequence[Message], **options: Any) -> str:
+        """The conversation as the chat template writes it."""
+        from jinja2 import TemplateError  # What templates refuse with, and raise where they are wrong.
+
+        messages = [{"role": t.role, "content": t.content} for t in turns]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template refuses the turns {', '.join(t.role for t in turns)}: {error}; change "
+                "them (a system turn's text can open the first user turn, two turns of one role can be one), or use a "
+                "model whose template takes them"
+            ) from None
+
     def _end_of_turn(self) -> int | None:
         """The token after an assistant turn: some templates close turns with another token than EOS."""
         mark = "wxyzzyw"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
+        text = self._render([Message("user", "?"), Message("assistant", mark)])
         tail = self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return int(tail[0]) if tail and tail[0] in special else self.tokenizer.eos_token_id

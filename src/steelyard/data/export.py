@@ -1,7 +1,8 @@
 """Write preferences back: annotated rows, repaired sets, and the published strength format.
 
 The suffix chooses the container: .jsonl, .csv (each also with .gz) or .parquet. Files appear whole or not at all (a
-temporary file beside the target, then a rename), and nothing is overwritten unasked.
+temporary file beside the target, then a rename), and nothing is overwritten unasked. JSON has no NaN: it is written as
+null.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import decimal
 import gzip
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,15 +46,16 @@ def write_annotated(
     strengths: Mapping[str, Strength],
     out: str | Path,
     *,
+    reasons: Mapping[str, str] | None = None,
     overwrite: bool = False,
     overwrite_columns: bool = False,
 ) -> Path:
     """Write every readable input row, in order and untouched, with the columns of `ANNOTATION_COLUMNS` added.
 
     `strengths` maps preference ids to strengths. Rows without a preference, and preferences without a strength,
-    get nulls and a `reason`. Returns the path. Raises `InputError` when `out` exists and `overwrite` is false, when
-    it is the input (always), when the input has one of the columns and `overwrite_columns` is false, or when
-    `strengths` names unknown ids.
+    get nulls and a `reason` (for preferences from `reasons`, by id, where there is one). Returns the path. Raises
+    `InputError` when `out` exists and `overwrite` is false, when it is the input (always), when the input has one of
+    the columns and `overwrite_columns` is false, or when `strengths` names unknown ids.
     """
     out = Path(out)
     if out.exists() and out.samefile(loaded.path):
@@ -67,7 +70,8 @@ def write_annotated(
         if isinstance(outcome, Problem):
             added = _annotation(None, f"{outcome.kind}: {outcome.message}")
         else:
-            added = _annotation(strengths.get(loaded.preferences[outcome].id), "not scored")
+            id = loaded.preferences[outcome].id
+            added = _annotation(strengths.get(id), (reasons or {}).get(id, "not scored"))
         rows.append({**row, **added})
     return _write(rows, out, overwrite=overwrite)
 
@@ -268,4 +272,34 @@ def _json(value: Any, out: Path) -> str:
             return str(item)
         raise InputError(f"{out}: a value of type {type(item).__name__} has no JSON form; write .parquet instead")
 
-    return json.dumps(value, ensure_ascii=False, default=other)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=other, allow_nan=False)
+    except InputError:
+        raise
+    except ValueError:
+        pass
+    try:
+        return json.dumps(_without_nan(value), ensure_ascii=False, default=other, allow_nan=False)
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{out}: an infinite number has no JSON form; write .parquet instead") from None
+
+
+def _without_nan(value: Any) -> Any:
+    """Null for NaN, as tables' missing numbers are read."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def fits_json(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether rows can be written as JSON: those of Parquet files may hold bytes (images)."""
+    try:
+        for row in rows:
+            _json(row, Path())
+    except InputError:
+        return False
+    return True

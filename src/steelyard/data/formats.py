@@ -3,7 +3,8 @@
 Formats known to `detect_format`:
 
 - `hh`: Anthropic HH-RLHF; `chosen` and `rejected` are whole dialogues, as one transcript
-  ("\\n\\nHuman: ... \\n\\nAssistant: ...") or as a list of turns. The last assistant turn is the response.
+  ("\\n\\nHuman: ... \\n\\nAssistant: ...", perhaps after "\\n\\nSystem: ...") or as a list of turns. The last
+  assistant turn is the response.
 - `trl`: TRL's `prompt`, `chosen`, `rejected` as text or as messages `[{"role", "content"}]`; without `prompt`, what
   `chosen` and `rejected` share at their start is the prompt.
 - `strength`: `fnlp/hh-rlhf-strength-cleaned`, the data set published with Secrets of RLHF II (arXiv 2401.06080,
@@ -45,9 +46,12 @@ KNOWN_FORMATS = (
 )
 
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}
-_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+# A system turn counts only as the first one: HH-RLHF has none, so "System:" at the start of a later paragraph is what
+# somebody said. Text that begins with it is a transcript only if "Human:" follows: others write "User:".
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|\A\s*(System): ?")
+_MESSAGE_FIELDS = ("role", "content", "name")
 _TURN_PREFIX = re.compile(r"\s*(Human|Assistant|System): ?")
-_TRANSCRIPT_START = re.compile(r"\s*(?:Human|Assistant):")
+_TRANSCRIPT_START = re.compile(r"\s*(?:(?:Human|Assistant):|System:.*?\n\nHuman:)", re.DOTALL)
 
 
 class RowError(ValueError):
@@ -114,7 +118,8 @@ def from_trl(row: Row, *, id: str = "", source: str = "") -> Preference:
 
     An implicit prompt in text is what both texts share at their start, cut back to the last whole word; a space
     at the cut belongs to the responses, as in TRL. Two equal texts with an implicit prompt cannot be split and
-    raise `RowError` ("identical"). Raises `RowError` for everything else that does not fit.
+    raise `RowError` ("identical"); nor can two of which one begins with the other ("schema"). Raises `RowError` for
+    everything else that does not fit.
     """
     prompt, chosen, rejected = row.get("prompt"), _field(row, "chosen"), _field(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
@@ -148,19 +153,27 @@ FORMATS: dict[str, Callable[..., Preference]] = {"hh": from_hh, "trl": from_trl,
 def parse_transcript(text: str, *, name: str = "text") -> tuple[Message, ...]:
     """Turn "\\n\\nHuman: a\\n\\nAssistant: b" into messages. Only the one space after the colon is taken off.
 
-    Raises `RowError` ("schema") when the text does not start with a speaker.
+    "System:" is a turn only at the start. Raises `RowError` ("schema") when the text does not start with a speaker.
     """
     marks = list(_TURN.finditer(text))
     if not marks or text[: marks[0].start()].strip():
-        raise RowError("schema", f"{name} must start with 'Human:' or 'Assistant:', it starts with {text[:40]!r}")
+        known = "'Human:', 'Assistant:' or 'System:'"
+        raise RowError("schema", f"{name} must start with {known}, it starts with {text[:40]!r}")
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return tuple(Message(_SPEAKERS[mark[1]], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True))
+    return tuple(
+        Message(_SPEAKERS[mark[1] or mark[2]], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)
+    )
 
 
 def to_transcript(messages: Sequence[Message]) -> str:
-    """The inverse of `parse_transcript`: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    """The inverse of `parse_transcript`, of conversations with no system turn but at the start."""
     names = {role: name for name, role in _SPEAKERS.items()}
     return "".join(f"\n\n{names[m.role]}: {m.content}" for m in messages)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt in one text for tables and people: a conversation as "role: content", turns apart by a blank line."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
 def parse_turns(turns: Sequence[Any], *, name: str = "turns") -> tuple[Message, ...]:
@@ -183,7 +196,11 @@ def parse_turns(turns: Sequence[Any], *, name: str = "turns") -> tuple[Message, 
 
 
 def parse_messages(value: Any, *, name: str) -> tuple[Message, ...]:
-    """Check a list of `{"role", "content"}` and turn it into messages. Raises `RowError`."""
+    """Check a list of `{"role", "content"}` and turn it into messages.
+
+    `name`, which says who speaks, is passed over, as chat templates do, and so are fields that are empty. Raises
+    `RowError`, also for every other field (`tool_calls`, ...): it would be lost without a word.
+    """
     if not isinstance(value, list) or not value:
         raise RowError("type", f"{name} must be a list of messages, got {_short(value)}")
     messages = []
@@ -193,6 +210,12 @@ def parse_messages(value: Any, *, name: str) -> tuple[Message, ...]:
         if item["role"] not in get_args(Role):
             known = ", ".join(get_args(Role))
             raise RowError("type", f"{name}[{i}].role must be one of {known}, got {_short(item['role'])}")
+        if lost := [str(key) for key, value in item.items() if key not in _MESSAGE_FIELDS and not _is_empty(value)]:
+            raise RowError(
+                "schema",
+                f"{name}[{i}] must hold role and content only, got also {', '.join(lost)}: write into content what "
+                "counts of it, and remove it",
+            )
         messages.append(Message(item["role"], _text(item["content"], f"{name}[{i}].content")))
     return tuple(messages)
 
@@ -242,6 +265,13 @@ def _implicit_cut(chosen: str, rejected: str) -> int:
         cut -= 1
     if not chosen[:cut].strip():
         raise RowError("empty", "prompt is empty: there is no prompt column and chosen and rejected share no start")
+    if not chosen[cut:].strip() or not rejected[cut:].strip():
+        short, other = ("chosen", "rejected") if len(chosen) < len(rejected) else ("rejected", "chosen")
+        raise RowError(
+            "schema",
+            f"the prompt cannot be told from the responses: there is no prompt column and {other} begins with all of "
+            f"{short}; add a prompt column",
+        )
     return cut
 
 
@@ -310,7 +340,7 @@ def read_strength(row: Row) -> Strength | None:
 
     Mean and std are taken as recorded. Where the row does not say how members voted, `votes` and `voters` are 0.
     For published rows p_flip = mean_m sigmoid(-d_m) over the listed members, or sigmoid(-mean) without lists.
-    Raises `RowError` when a measurement is not a number or the lists do not match.
+    Raises `RowError` when a measurement is not a number, p_flip not in [0, 1], or the lists do not match.
     """
     if row.get("strength_mean") is not None:
         action = row.get("suggested_action") or "keep"
@@ -318,12 +348,15 @@ def read_strength(row: Row) -> Strength | None:
             known = ", ".join(get_args(Action))
             raise RowError("value", f"suggested_action must be one of {known}, got {_short(action)}")
         mean = number(row, "strength_mean")
+        p_flip = number(row, "p_flip", default=_sigmoid(-mean))
+        if not 0.0 <= p_flip <= 1.0:
+            raise RowError("value", f"p_flip must lie in [0, 1], got {p_flip}")
         return Strength(
             mean=mean,
             std=number(row, "strength_std"),
             votes=number(row, "votes"),
             voters=int(number(row, "voters")),
-            p_flip=number(row, "p_flip", default=_sigmoid(-mean)),
+            p_flip=p_flip,
             action=cast(Action, action),
             reason=str(row.get("reason") or ""),
         )
@@ -380,6 +413,10 @@ def _preference(row: Row, prompt: Prompt, chosen: str, rejected: str, id: str, s
         return Preference(id, prompt, chosen, rejected, flip_prob, margin, weight, source, row)
     except ValueError as error:
         raise RowError("value", str(error).removeprefix(f"{source or id}: ")) from error
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, (str, list, Mapping)) and not value)
 
 
 def _refuse_empty(value: Prompt, name: str) -> None:

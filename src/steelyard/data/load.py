@@ -112,6 +112,13 @@ class Loaded:
         """Why rows became no preference, in order: identical pairs, and malformed rows that were skipped."""
         return [outcome for outcome in self.outcomes if isinstance(outcome, Problem)]
 
+    def left_out(self, encoded: str = "") -> str:
+        """One line on what became no preference, after `Encoded.text` on what became no tokens; empty if all did."""
+        identical = self.report.counts.get("identical", 0)
+        malformed = self.report.rows - self.report.usable - identical
+        said = [f"{identical} pairs left out: chosen equals rejected"] * (identical > 0)
+        return "; ".join(filter(None, [encoded, *said, f"{malformed} malformed rows skipped" if malformed else ""]))
+
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
@@ -277,7 +284,7 @@ def _parse(read: _Read, parse: Callable[[Row, str, str], T]) -> list[T | Problem
     """Parse each row, or say why not. Raises `InputError` for malformed rows unless they are to be skipped."""
     parsed: list[T | Problem] = []
     stem = Path(read.file).name.removesuffix(".gz").rpartition(".")
-    used: set[str] = set()
+    used: dict[str, int] = {}
     for row, line in zip(read.plain, read.lines, strict=True):
         try:
             id = _unique(_row_id(row) or f"{stem[0] or stem[2]}:{line}", used)
@@ -314,13 +321,13 @@ def _row_id(row: Row) -> str:
     return str(value)
 
 
-def _unique(id: str, used: set[str]) -> str:
-    """The id, or with the first free "#2", "#3", ... behind it."""
-    n, unique = 1, id
+def _unique(id: str, used: dict[str, int]) -> str:
+    """The id, or with the first free "#2", "#3", ... behind it; `used` holds the last number that each id got."""
+    n, unique = used.get(id, 1), id
     while unique in used:
         n += 1
         unique = f"{id}#{n}"
-    used.add(unique)
+    used[unique], used[id] = 1, n
     return unique
 
 
@@ -338,7 +345,11 @@ def _parse_preference(row: Row, name: str, detected: bool, id: str, source: str)
     own = detect_format(row) if detected else name
     preference = FORMATS[name if name in FORMATS else own](row, id=id, source=source)
     if own != name and name in FORMATS:
-        raise RowError("schema", f"the row looks like format {own}, the file like {name}: mend it or name the format")
+        raise RowError(
+            "schema",
+            f"the row looks like format {own}, the file like {name}: mend it, move it to another file, or name "
+            f"the format (in Python: format={name!r})",
+        )
     return preference
 
 

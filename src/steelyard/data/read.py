@@ -153,6 +153,8 @@ def _csv_rows(path: Path, split: str | None) -> Iterator[tuple[int, Row | RowErr
         for line, raw in enumerate(file, 1):
             text = _decode(raw, line, start)
             start += len(raw)
+            if line == 1 and b"\0" in raw and isinstance(text, str):
+                text = RowError("encoding", "not UTF-8: it holds NUL bytes, as UTF-16 does (convert the file to UTF-8)")
             if isinstance(text, RowError):
                 bad[line] = text
                 text = raw.decode("utf-8", "replace")
@@ -178,6 +180,8 @@ def _csv_rows(path: Path, split: str | None) -> Iterator[tuple[int, Row | RowErr
                     yield first, wrong or dict(zip(header, cells, strict=True))
                 first = reader.line_num + 1
     except csv.Error as error:
+        if 1 in bad:  # Another encoding looks like broken CSV, too.
+            raise InputError(f"{path}:1: {bad[1]}") from error
         raise InputError(f"{path}:{first}: not valid CSV in the row that starts here: {error}; mend it") from error
     finally:
         csv.field_size_limit(old_limit)
@@ -201,7 +205,10 @@ def _folder_rows(path: Path, split: str | None) -> Iterator[tuple[int, Row | Row
         names = json.loads(index.read_text(encoding="utf-8"))["splits"]
         if (split is None and len(names) > 1) or (split is not None and split not in names):
             got = "none was named" if split is None else f"got {split!r}"
-            raise InputError(f"{path}: name one of its splits {', '.join(names)} (split=...); {got}")
+            raise InputError(
+                f"{path}: name one of its splits {', '.join(names)}, by its folder ({path / names[0]}) or in Python by "
+                f"split={names[0]!r}; {got}"
+            )
         path = path / (split or names[0])
     elif split is not None:
         raise InputError(f"{path}: holds one data set without splits; leave split={split!r} out")

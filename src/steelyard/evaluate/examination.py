@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from steelyard.config import Config, Device
 from steelyard.data.benchmarks import Item, read_prior_set, read_rewardbench, read_rewardbench2, read_rm_bench
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import FINDINGS, OnInvalid, load_preferences
+from steelyard.data.formats import prompt_text
+from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.errors import InputError
 from steelyard.evaluate.benchmarks import PRIOR_SETS, rewardbench, rewardbench2, rm_bench, score_items
 from steelyard.evaluate.health import checkup
@@ -68,7 +69,8 @@ class RewardEvaluationConfig(Config):
 def examine_models(config: RewardEvaluationConfig) -> dict[str, dict[str, Any]]:
     """The files of examine/ by name: reward.json with data, benchmarks.json with benchmarks. Raises InputError.
 
-    The files of the benchmarks are read and checked before the first model is opened.
+    The files of the benchmarks are read and checked before the first model is opened. Prints what was found in each
+    preference file, once.
     """
     data = config.data or ()
     names = [Path(path).name for path in data]
@@ -79,11 +81,18 @@ def examine_models(config: RewardEvaluationConfig) -> dict[str, dict[str, Any]]:
     )
     examined: dict[str, Any] = {}
     scored: list[dict[str, Any]] = []
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            print(text, flush=True)
+        said.add(text)
+
     for arm, folder in _model_names(config.model).items():
         length = training_length(folder, config.max_length)
         model, encoder = open_model(folder, max_length=length, device=config.device)
         if sets:
-            examined[arm] = examine_sets(model, encoder, sets, weighed=weighed, on_invalid=config.on_invalid)
+            examined[arm] = examine_sets(model, encoder, sets, weighed=weighed, on_invalid=config.on_invalid, say=say)
         scored += [{"arm": arm} | score(model, encoder, 4096) for score in benchmarks.values()]
     found = {"reward.json": reward_file(examined)} if sets else {}
     return found | ({"benchmarks.json": {"results": scored}} if scored else {})
@@ -101,17 +110,22 @@ def _model_names(folders: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """Strengths of a folder that `steelyard strength` wrote: pair -> mean margin, by id and texts."""
+    """Strengths of a folder that `steelyard strength` wrote: mean margins by id, chosen and rejected; and by texts."""
 
     folder: str
-    means: Mapping[str, tuple[str, str, float]]
+    means: Mapping[tuple[str, str, str], float]
+    by_text: Mapping[tuple[str, str, str], float]
 
     def of(self, pair: Preference) -> float:
-        """The pair's mean margin; of a pair whose label was turned since, the opposite; nan if it was not weighed."""
-        chosen, rejected, mean = self.means.get(pair.id, ("", "", float("nan")))
-        if (pair.chosen, pair.rejected) == (chosen, rejected):
-            return mean
-        return -mean if (pair.rejected, pair.chosen) == (chosen, rejected) else float("nan")
+        """The pair's mean margin; of a pair whose label was turned since, the opposite; nan if it was not weighed.
+
+        Its id counts first, then its texts: an id that comes from a file's name is another in a copy of the file.
+        """
+        for means, key in ((self.means, pair.id), (self.by_text, prompt_text(pair.prompt))):
+            for first, second, sign in ((pair.chosen, pair.rejected, 1), (pair.rejected, pair.chosen, -1)):
+                if (key, first, second) in means:
+                    return sign * means[key, first, second]
+        return float("nan")
 
 
 def read_weighed(folder: str) -> Weighed:
@@ -123,20 +137,30 @@ def read_weighed(folder: str) -> Weighed:
     if len(places) != 1:
         names = ", ".join(map(str, places)) or "none"
         raise InputError(f"{folder}: must hold one strength.parquet (name its folder), found {names}")
-    columns = ["id", "chosen", "rejected", "strength_mean"]
+    columns = ["id", "prompt", "chosen", "rejected", "strength_mean"]
     try:
         rows = pq.read_table(places[0] / "strength.parquet", columns=columns).to_pylist()
     except (OSError, ValueError) as error:
         raise InputError(f"{places[0] / 'strength.parquet'}: cannot be read ({error}); weigh the pairs again") from None
-    return Weighed(folder, {r["id"]: (r["chosen"], r["rejected"], float(r["strength_mean"])) for r in rows})
+    by_id, by_text = (
+        {(r[key], r["chosen"], r["rejected"]): float(r["strength_mean"]) for r in rows} for key in ("id", "prompt")
+    )
+    return Weighed(folder, by_id, by_text)
 
 
 def training_length(folder: str, asked: int | None) -> int:
     """The `max_length` to examine a model with: the one asked for, else that of its training, kept in its config.
 
     Says so where the two differ, and where a checkpoint of earlier versions or other tools keeps none (then 512).
+    Raises InputError if the folder holds no model.
     """
-    trained: int | None = getattr(read_config(folder), "steelyard_max_length", None)
+    try:
+        model = read_config(folder)
+    except InputError:
+        if (inner := Path(folder) / "model").joinpath("config.json").exists():
+            raise InputError(f"{folder}: holds a run, not a model; name the model in it: {inner}") from None
+        raise
+    trained: int | None = getattr(model, "steelyard_max_length", None)
     if asked is None and trained is None:
         print(f"{folder}: does not say with which max_length it was trained; {UNKNOWN_LENGTH} is taken", flush=True)
     elif asked is not None and trained is not None and asked != trained:
@@ -169,9 +193,13 @@ def examine_sets(
     max_tokens: int = 4096,
     weighed: Weighed | None = None,
     on_invalid: OnInvalid = "error",
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """One reward model on each preference file, every distinct pair scored once. Raises InputError for a bad file."""
-    read = {name: _read(path, encoder, weighed, on_invalid) for name, path in validation.items()}
+    """One reward model on each preference file, every distinct pair scored once; `say` is told what the files hold.
+
+    Raises InputError for a bad file.
+    """
+    read = {name: _read(path, encoder, weighed, on_invalid, say) for name, path in validation.items()}
     if weighed is not None and not any(np.isfinite(strength).any() for _, _, strength, _ in read.values()):
         raise InputError(f"{weighed.folder}: its strengths are of other pairs than those of {', '.join(validation)}")
     rewards = model.score_sets(
@@ -199,19 +227,26 @@ def examine_sets(
 
 
 def _read(
-    path: str, encoder: Encoder, weighed: Weighed | None, on_invalid: OnInvalid
+    path: str,
+    encoder: Encoder,
+    weighed: Weighed | None,
+    on_invalid: OnInvalid,
+    say: Callable[[str], object] | None,
 ) -> tuple[list[Preference], list[Tree], Float[np.ndarray, "N"], str]:
     """Usable pairs, their trees, their strengths (the folder's, else the file's own; or nan), what was left out."""
     loaded = load_preferences(path, on_invalid=on_invalid)
     encoded = encoder.encode(loaded.preferences)
+    left_out = loaded.left_out(encoded.text())
     if not encoded.trees:
-        raise InputError(f"{path}: no usable pair is left to examine on ({encoded.text() or 'empty file'})")
+        raise InputError(f"{path}: no usable pair is left to examine on ({left_out})")
+    if say is not None:
+        say(loaded.report.text())
+        if encoded.text():
+            say(f"{path}: {encoded.text()}")
     pairs = [loaded.preferences[i] for i in encoded.index]
     own = {id: strength.mean for id, strength in loaded.strengths.items()}
     means = [own.get(p.id, np.nan) if weighed is None else weighed.of(p) for p in pairs]
-    unread = sum(problem.kind not in FINDINGS for problem in loaded.unusable) + loaded.report.rows - len(loaded.rows)
-    said = [encoded.text(), f"{unread} malformed rows skipped" if unread else ""]
-    return pairs, encoded.trees, np.array(means, dtype=np.float64), "; ".join(filter(None, said))
+    return pairs, encoded.trees, np.array(means, dtype=np.float64), left_out
 
 
 def reward_file(results: Mapping[str, Found]) -> dict[str, Any]:

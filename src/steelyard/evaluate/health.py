@@ -103,7 +103,7 @@ def cross_fit(
     losses = np.stack([_nll(margin_N), _nll(scaled), _nll(margin_N) - _nll(scaled), np.ones(len(scaled))], axis=1)
     sums = resampled_sums(losses, clusters=units or prompts, seed=seed)
     for i, name in enumerate(("nll", "nll_scaled", "nll_gain")):
-        found[name] = estimate(sums[:, i] / sums[:, 3])
+        found[name] = estimate(_ratio(sums[:, i], sums[:, 3]))
     return found | {
         "ece_scaled": expected_calibration_error(scaled),
         "ece_scaled_floor": ece_floor(scaled, seed=seed),
@@ -186,8 +186,7 @@ def _accuracies(
     sums = resampled_sums(np.stack(columns, axis=1), clusters=clusters, seed=seed)
     rows = []
     for i, mask in enumerate(masks):
-        with np.errstate(invalid="ignore"):
-            accuracy, low, high = estimate(sums[:, 2 * i] / sums[:, 2 * i + 1])
+        accuracy, low, high = estimate(_ratio(sums[:, 2 * i], sums[:, 2 * i + 1]))
         rows.append({"n": int(mask.sum()), "accuracy": accuracy, "low": low, "high": high})
     return rows
 
@@ -220,14 +219,12 @@ def length_bias(
     unequal = longer != 0
     share = np.stack([unequal * wins(margin * np.sign(longer)), unequal], axis=1)
     sums = resampled_sums(share, clusters=clusters, seed=seed)
-    with np.errstate(invalid="ignore"):
-        prefers = estimate(sums[:, 0] / sums[:, 1])
     return {
         "pearson": correlation(reward, length, twice, seed=seed),
         "spearman": correlation(rankdata(reward), rankdata(length), twice, seed=seed),
         "pair_pearson": correlation(*both, twice, seed=seed),
         "pair_spearman": correlation(rankdata(both[0]), rankdata(both[1]), twice, seed=seed),
-        "prefers_longer": prefers,
+        "prefers_longer": estimate(_ratio(sums[:, 0], sums[:, 1])),
     }
 
 
@@ -240,11 +237,10 @@ def correlation(
     # Standardised first: raw moments of large lengths would cancel.
     x, y = (x_N - x_N.mean()) / x_N.std(), (y_N - y_N.mean()) / y_N.std()
     sums = resampled_sums(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1), clusters=clusters, seed=seed)
-    mean = sums / sums[:, :1]
+    mean = _ratio(sums, sums[:, :1])
     covariance = mean[:, 5] - mean[:, 1] * mean[:, 2]
     variance = (mean[:, 3] - mean[:, 1] ** 2) * (mean[:, 4] - mean[:, 2] ** 2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return estimate(np.where(variance > 1e-20, covariance / np.sqrt(variance), np.nan))
+    return estimate(_ratio(covariance, np.sqrt(np.where(variance > 1e-20, variance, 0.0))))
 
 
 # ---- scale ---------------------------------------------------------------------------------------------------------
@@ -274,7 +270,7 @@ def scale(
     shifted = reward - centre
     table = np.stack([np.ones_like(reward), shifted, shifted**2, reward > 0], axis=1)
     sums = resampled_sums(table, clusters=(units or as_units(prompts)).twice(), seed=seed)
-    mean = sums / sums[:, :1]
+    mean = _ratio(sums, sums[:, :1])
     found = {
         "n": len(reward),
         "mean": estimate(mean[:, 1] + centre),
@@ -297,4 +293,10 @@ def scale(
 
 def _mean(values_N: Float[np.ndarray, "N"], clusters: Clusters, seed: int) -> Float[np.ndarray, "1+draws"]:
     sums = resampled_sums(np.stack([values_N, np.ones_like(values_N)], axis=1), clusters=clusters, seed=seed)
-    return sums[:, 0] / sums[:, 1]
+    return _ratio(sums[:, 0], sums[:, 1])
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, nan where below is 0: of few units, some resamples hold no row at all."""
+    whole = np.broadcast_to(below, above.shape)
+    return np.divide(above, whole, out=np.full(above.shape, np.nan), where=whole != 0)

@@ -126,4 +126,10 @@ def held_out_plan(config: StrengthConfig, keys: Sequence[str]) -> Bool[np.ndarra
     """Which member scores which pair; None in-sample, where every member scores every pair."""
     if config.scoring == "in-sample":
         return None
+    prompts = len(set(keys))
+    if prompts < config.folds:
+        raise InputError(
+            f"{config.data}: out-of-fold scoring needs at least as many distinct prompts as folds, got {prompts} and "
+            f"{config.folds}; {'lower --folds, ' if prompts > 1 else ''}use --scoring in-sample, or add data"
+        )
     return out_of_fold_plan(keys, members=config.members, folds=config.folds, seed=config.seed)

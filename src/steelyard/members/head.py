@@ -12,12 +12,14 @@ from jaxtyping import Bool, Float
 from steelyard.baselines import fingerprint
 from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder, Tree
+from steelyard.errors import InputError
 from steelyard.members.config import StrengthConfig
 from steelyard.members.cost import Cost, metered
 from steelyard.models.reward import RewardModel
 from steelyard.probe import Probes, bootstrap_rows, features, layer_choice
 from steelyard.run_dir import write_json_atomic
 from steelyard.strength import out_of_fold_plan
+from steelyard.types import Preference
 
 
 def read_features(
@@ -36,6 +38,31 @@ def read_features(
     return table, chosen, computed
 
 
+def penalty_split(
+    config: StrengthConfig,
+    keys: Sequence[str],
+    plan: Bool[np.ndarray, "M N"] | None,
+    weighs_N: Bool[np.ndarray, "N"],
+) -> Bool[np.ndarray, "N"]:
+    """The pairs held out to choose the penalty by: in-sample half of the prompts, or of a single prompt's pairs.
+
+    Raises InputError if no pair that weighs something is held out, or none is left.
+    """
+    if plan is not None:
+        held_out = plan[0]
+    elif len(keys) == 1:
+        held_out = np.ones(1, bool)
+    else:
+        units: Sequence[str | int] = keys if len(set(keys)) > 1 else range(len(keys))
+        held_out = out_of_fold_plan(units, members=2, folds=2, seed=config.seed)[0]
+    if not (weighs_N[held_out].any() and weighs_N[~held_out].any()):
+        raise InputError(
+            f"{config.data}: too few pairs to choose the penalty by held-out loss ({weighs_N.sum()} with a `weight` "
+            "above 0); set --penalty, or add data"
+        )
+    return held_out
+
+
 def head_scores(
     config: StrengthConfig,
     encoder: Encoder,
@@ -44,16 +71,29 @@ def head_scores(
     plan: Bool[np.ndarray, "M N"] | None,
     out: Path,
     *,
+    pairs: Sequence[Preference] | None = None,
     quiet: bool,
 ) -> tuple[Float[np.ndarray, "M N 2"], Cost, list[Cost]]:
-    """(the members' scores, the cost of what they share, the cost of each)."""
+    """(the members' scores, the cost of what they share, the cost of each).
+
+    `pairs`, one to a tree, count by their `weight` and `flip_prob`; without them all count alike.
+    """
     N = len(trees)
+    if pairs is not None:
+        if not any(p.weight for p in pairs):
+            raise InputError(f"{config.data}: all {N} usable pairs have weight 0; give some a `weight` above 0")
+        with_margin = sum(p.margin != 0 for p in pairs)
+        if with_margin and not quiet:
+            print(
+                f"{config.data}: {with_margin} pairs have a `margin`, which head members do not read; the backends "
+                "full, lora and layers do"
+            )
     with metered() as shared:
         table, chosen, computed = read_features(config, encoder, trees, out, quiet=quiet)
-        probes = Probes(table)
+        probes = Probes(table, pairs)
         penalty = config.penalty
         if penalty is None:
-            held_out = out_of_fold_plan(keys, members=2, folds=2, seed=config.seed)[0] if plan is None else plan[0]
+            held_out = penalty_split(config, keys, plan, probes.weight_N2.sum(1) > 0)
             penalty = probes.choose_penalty(held_out, config.seed)
     shared.tokens = computed
     scores = np.full((config.members, N, 2), np.nan, dtype=np.float32)

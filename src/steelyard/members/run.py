@@ -19,6 +19,7 @@ from steelyard.models.load import read_config
 from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.train.reward import NORMAL_PAIRS, open_cache
+from steelyard.types import Preference
 
 Member = Callable[[StrengthConfig, int, "list[int] | None", "list[Tree]", int, Path], np.ndarray]
 MEMBERS: dict[str, Member] = {"full": trained_member, "layers": trained_member, "lora": lora_member}
@@ -33,14 +34,16 @@ def run_members(
     plan: Bool[np.ndarray, "M N"] | None,
     out: Path,
     *,
+    pairs: Sequence[Preference],
     quiet: bool,
 ) -> tuple[Float[np.ndarray, "M N 2"], Cost, list[Cost]]:
     """(scores, the cost of what the members share, the cost of each member).
 
-    `index[i]` says which usable pair of the file `trees[i]` is, `plan` which member judges which tree (None: all).
+    `index[i]` says which usable pair of the file `trees[i]` and `pairs[i]` are, `plan` which member judges which tree
+    (None: all).
     """
     if config.backend == "head":
-        return head_scores(config, encoder, trees, keys, plan, out, quiet=quiet)
+        return head_scores(config, encoder, trees, keys, plan, out, pairs=pairs, quiet=quiet)
     if config.backend == "lora":
         require_peft()
     shared = prepare(config, encoder, trees, out, quiet=quiet)

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,29 @@ def read_config(folder: str | Path) -> Any:
         raise InputError(f"{folder}: its config.json cannot be read: {error}") from None
 
 
-def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", **kwargs: Any) -> Any:
+def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", new: Collection[str] = (), **kwargs: Any) -> Any:
     """`auto.from_pretrained(folder)` on `device`, in float32 with the attention that shared prefixes need.
 
-    Raises InputError where the model has no such attention.
+    `new`: weights that the folder need not hold. Raises InputError where others are missing, do not fit or are not
+    finite, and where the model has no such attention.
     """
     kind = read_config(folder).model_type
     with quiet_loading():
         try:
-            hf = auto.from_pretrained(
-                folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **kwargs
+            hf, found = auto.from_pretrained(
+                folder,
+                local_files_only=True,
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                output_loading_info=True,
+                **kwargs,
             )
-            return hf.to(device)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder}: its weights are missing or damaged: {error}; copy the model again") from None
+        except RuntimeError as error:
+            if "size" not in str(error):
+                raise
+            raise InputError(f"{folder}: its weights do not fit its config.json: {error}") from None
         except ValueError as error:
             if "attention implementation" not in str(error):
                 raise
@@ -57,6 +66,24 @@ def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", **kwargs: 
                 f"{folder}: chosen and rejected cannot share their prompt in a model of type {kind}, which takes no "
                 "attention mask of its own (sdpa); Llama, Qwen and GPT-NeoX style models can"
             ) from None
+    # transformers would fill them with random numbers.
+    if missing := sorted(set(found["missing_keys"]) - set(new)):
+        stray = sorted(found["unexpected_keys"])
+        raise InputError(
+            f"{folder}: {len(missing)} of the model's weights are not in its files ({_some(missing)})"
+            + (f", which hold others that it has no place for ({_some(stray)})" if stray else "")
+            + ": save the model again whole, under the names that transformers gives its weights"
+        )
+    if wrong := [name for name, p in hf.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise InputError(
+            f"{folder}: {len(wrong)} of the model's weights are not finite ({_some(wrong)}): its training has "
+            "diverged, or its files are damaged; take another checkpoint"
+        )
+    return hf.to(device)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def say_if_slow(precision: Precision, device: torch.device) -> None:

@@ -29,6 +29,11 @@ class RewardModel(nn.Module):
     def __init__(self, hf: Any, *, precision: Precision = "float32") -> None:
         super().__init__()
         self.hf = hf
+        if not isinstance(getattr(hf, "score", None), nn.Linear):
+            raise InputError(
+                f"{type(hf).__name__}: has no linear head `score` on a language model's last state; Llama, Qwen and "
+                "GPT-NeoX style classifiers have"
+            )
         self.eval()  # dropout that a model brings would follow no seed; `models.dropout` does
         self.precision: Precision = precision
         say_if_slow(precision, self.device)
@@ -57,7 +62,16 @@ class RewardModel(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         fresh = not is_reward_model(folder)
-        hf = open_model(AutoModelForSequenceClassification, folder, device=device, num_labels=1, pad_token_id=pad_id)
+        config = read_config(folder)
+        if fresh and any(n.endswith("ForSequenceClassification") for n in config.architectures or []):
+            raise InputError(
+                f"{folder}: holds a classifier of {config.num_labels} classes; start from a language model, or from a "
+                "reward model with one output"
+            )
+        new = ("score.weight",) if fresh else ()
+        hf = open_model(
+            AutoModelForSequenceClassification, folder, device=device, new=new, num_labels=1, pad_token_id=pad_id
+        )
         if fresh:
             width = hf.score.weight.shape[1]
             generator = torch.Generator().manual_seed(seed)

@@ -62,10 +62,11 @@ def run_trunk(
     `first` with `states_TD` starts before layer `first` (0-based) from these states; `last` stops before layer `last`
     and leaves out the final norm.
 
-    Raises InputError if a text is longer than a sliding window or than the model's rotation is the same for all, or the
-    model cannot be run in parts.
+    Raises InputError if a text is longer than a sliding window or than the model's rotation is the same for all, has
+    tokens that the model does not know (on a CPU; a GPU would have to wait), or the model cannot be run in parts.
     """
     require_window(trunk, batch)
+    _require_known(trunk, batch)
     require_rotation(trunk, lambda: int(batch.positions_T.max()) + 1)
     if not in_parts(trunk):
         if first or states_TD is not None or last is not None:
@@ -117,6 +118,16 @@ def require_window(trunk: nn.Module, batch: TreeBatch) -> None:
         raise InputError(
             f"{type(trunk).__name__}: a text has {int(batch.positions_T.max()) + 1} tokens, more than the model's "
             f"sliding window of {window}; set max_length to at most {window}, or use a model without a window"
+        )
+
+
+def _require_known(trunk: nn.Module, batch: TreeBatch) -> None:
+    config: Any = trunk.config
+    size = config.get_text_config().vocab_size
+    if batch.ids_T.device.type == "cpu" and (most := int(batch.ids_T.max())) >= size:
+        raise InputError(
+            f"{type(trunk).__name__}: the tokenizer gives token {most}, but the model knows {size} (0 to {size - 1}): "
+            "they do not belong together; put the model's own tokenizer into its folder"
         )
 
 

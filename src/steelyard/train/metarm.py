@@ -108,6 +108,11 @@ def train_metarm(
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         say: Callable[[str], object] = (lambda text: None) if quiet else print
         pairs, trees = read_pairs(config.data, encoder, on_invalid=config.on_invalid, say=say)
+        if not any(p.weight for p in pairs):
+            raise InputError(
+                f"{config.data}: all {len(pairs)} usable pairs have weight 0, so nothing would be learned; give some a "
+                "`weight` above 0"
+            )
         held_out = {
             n: read_pairs(p, encoder, on_invalid=config.on_invalid, say=say)[1] for n, p in config.validation.items()
         }

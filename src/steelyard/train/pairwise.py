@@ -34,7 +34,8 @@ def read_pairs(
         pairs = [pairs[i] for i in rows]
     encoded = encoder.encode(pairs)
     if not encoded.trees:
-        raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
+        why = loaded.left_out(encoded.text()) or "none of its rows was asked for"
+        raise InputError(f"{path}: no usable pair is left to train or examine on ({why})")
     if say is not None:
         say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
     return [pairs[i] for i in encoded.index], encoded.trees

@@ -135,6 +135,11 @@ def train_reward(
         trained = [*model.parameters(), *([] if prototypes is None else [prototypes])]
         say = None if quiet else print
         pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid, say=say)
+        if not any(p.weight for p in pairs):
+            raise InputError(
+                f"{config.data}: all {len(pairs)} usable pairs have weight 0, so nothing would be learned; give some a "
+                "`weight` above 0"
+            )
         held_out = {
             name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say)[1]
             for name, path in config.validation.items()
