@@ -69,6 +69,19 @@ def test_tokens_added_by_the_tokenizer_stay_out_of_the_boundary() -> None:
     assert Encoder(tokenizer).tree("w1", ["w2"]) == Tree(ids("<bos> w1"), (ids("w2 <eos>"),))
 
 
+def test_tokenizers_that_differ_at_the_beginning_or_end_alone_do_not_read_alike() -> None:
+    from tokenizers import processors
+
+    plain, opens = Encoder(tiny.build_tokenizer()), tiny.build_tokenizer()
+    assert plain.reads_as(Encoder(tiny.build_tokenizer()))
+    opens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tiny.BOS)]
+    )
+    assert opens.get_vocab() == plain.tokenizer.get_vocab()
+    assert not plain.reads_as(Encoder(opens))
+    assert not plain.reads_as(Encoder(tiny.build_tokenizer(eos_token="<bos>")))
+
+
 def test_a_conversation_that_the_template_refuses_is_named() -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     encoder = Encoder(tiny.build_tokenizer(chat_template=strict + tiny.CHAT))

@@ -295,6 +295,7 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
         ({"strength": {"scoring": "in-sample"}}, "^strength: scoring is filled in"),
         ({"scorings": ["in-sample"], "repair_from": "in-sample", "strength": {"folds": 2}}, "^strength: folds: no eff"),
         ({"repair": {}}, "^repair: name at least one arm"),
+        ({"repair": {"..": {"recipe": "keep"}}}, r"^repair: '\.\.' cannot name a folder"),
         ({"repair": {"a b": {"recipe": "keep"}, "a-b": {"recipe": "flip"}}}, "^repair: 'a b' and 'a-b' differ only in"),
         ({"repair": {"a": {"recipe": "keep", "q": 0.1}}}, "^repair.a: recipe 'keep' does not read q"),
         ({"repair": {"a": {"recipe": "flip", "q": 2}}}, "^repair.a.q: must be at most 1, got 2"),

@@ -287,6 +287,9 @@ class TestGrid:
             ({"evaluate": {"sampling": {"temperature": 0.8}}}, "leave out temperature = 0.8"),
             ({"evaluate": {"sampling": {"top_p": 0.9, "min_new_tokens": 2}}}, "out top_p = 0.9, min_new_tokens = 2"),
             ({"repairs": {"none": {"recipe": "flip"}}}, "repairs.none"),
+            ({"repairs": {"a/b": {"recipe": "flip"}}}, "repairs: 'a/b' cannot name a folder"),
+            ({"ppo": TINY["ppo"] | {"seed": 7}}, "ppo: `seed` follows from the study's `seeds`"),
+            ({"arms": TINY["arms"] | {"plain": {"reward": "plain", "seed": 7}}}, "arms.plain: `seed` follows"),
             ({"against": {"oracle": "contrl"}}, "against.oracle: must name `repairs`"),
             ({"against": {"oracle": "oracle"}}, "against.oracle: a repair cannot be its own control"),
         ],
@@ -437,6 +440,13 @@ class TestResume:
         assert "arms: contrastive has other settings" in capsys.readouterr().err
         assert start(done.parent, "--resume", baselines=TINY["baselines"] | {"k": 4}) == 2
         assert "other settings" in capsys.readouterr().err
+        # An arm that was left out for a while must come back as it was.
+        alone = {"recommended": None, "cells": [{"noise": "systematic", "rate": 0.2, "arm": "plain"}]}
+        assert start(done.parent, "--resume", arms={"plain": TINY["arms"]["plain"]}, **alone) == 0
+        other = {"contrastive": {"reward": "contrastive", "k": 1, "scaling": "none"}}
+        capsys.readouterr()
+        assert start(done.parent, "--resume", arms=TINY["arms"] | other) == 2
+        assert "these fields differ" in capsys.readouterr().err
 
 
 def test_the_recipe_in_the_repository_is_a_study() -> None:

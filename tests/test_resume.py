@@ -296,7 +296,7 @@ def rounds(language_model: Folders, reward_model: Folders, planted: dict[str, st
 def left(out: Path) -> dict[str, bytes]:
     """Everything that the rounds leave and that is not about this machine: times, locks, and paths of settings."""
     files = (p for p in out.rglob("*") if p.is_file() and not p.is_relative_to(out / "best" / "model"))
-    idle = {"config.json", "timings.jsonl", ".lock"}
+    idle = {"config.json", "inputs.json", "timings.jsonl", ".lock"}
     found = {
         str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in idle and "checkpoints" not in p.parts
     }

@@ -449,6 +449,13 @@ class TestRefusals:
         with pytest.raises(InputError, match="as the rounds are; give one trained on other data"):
             run_rounds(RoundsConfig(**same), tmp_path)
 
+    def test_a_judge_reads_the_tokens_that_the_policy_drew(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        """With another vocabulary its scores would be those of other texts, without a sign."""
+        tokenizer = tiny.build_tokenizer(words=(*tiny.VOCABULARY[1:], tiny.VOCABULARY[0]))
+        other = tiny.save_folder(tiny.build_model(tiny.build_config(), head=True), tokenizer, tmp_path / "other")
+        with pytest.raises(InputError, match="other: the judge must share one tokenizer with"):
+            run_rounds(RoundsConfig(**settings | {"judge": str(other)}), tmp_path / "out")
+
     def test_one_prompt_cannot_be_halved(self, settings: dict[str, Any], tmp_path: Path) -> None:
         one = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "w1 w2"}] * 3)
         with pytest.raises(InputError, match=r"2 different ones are needed; 1 of 1 leave room"):

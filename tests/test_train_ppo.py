@@ -283,11 +283,13 @@ class TestRefusals:
         assert train_ppo(PPOConfig.model_validate(resolved), tmp_path / "fine", quiet=True)["steps"] == 1
 
     def test_baselines_that_do_not_belong(
-        self, base: dict[str, Any], tmp_path: Path, stored: str, language_model: Folders, planted_reward: Path
+        self, base: dict[str, Any], tmp_path: Path, stored: str, planted_reward: Path
     ) -> None:
         self.refuse("contrastive rewards need a scored baseline file", tmp_path, base)
         b = base | {"baselines": stored}
-        self.refuse("sampled from another model", tmp_path, b, policy=language_model("qwen2"))
+        another = tiny.build_model(tiny.build_config(), seed=9)
+        policy = tiny.save_folder(another, tiny.build_tokenizer(), tmp_path / "policy")
+        self.refuse("sampled from another model", tmp_path, b, policy=policy)
         self.refuse("scored by another model", tmp_path, b, reward_model=str(planted_reward / "model"))
         self.refuse("holds 3 responses per prompt, 5 are wanted", tmp_path, b, k=5)
         more = [{"prompt": "w1 w1 w1"}, *({"prompt": p} for p in self.prompts(base))]

@@ -76,7 +76,8 @@ class Models:
         folders, precision, device = config.reward_models, config.precision, config.device
         reference = config.policy if config.reference is None else config.reference
         for folder in folders if reference == config.policy else (*folders, reference):
-            _require_tokenizer(self.encoder, folder, config)
+            what = "reference" if folder == reference else "reward model"
+            self.encoder.require_same(folder, what=what, of=config.policy)
         sampling = config.sampling
         self.how = Drawing(sampling.temperature, sampling.top_p, sampling.repetition_penalty)
         how: dict[str, Any] = {"precision": precision, "logit_chunk": config.logit_chunk, "device": device}
@@ -148,12 +149,3 @@ class Models:
             values: Tensor = self.critic(self.policy.states(batch) if states_TD is None else states_TD, batch)
             return values
         return (self.critic.values(batch) - self.value_mean) / self.value_std
-
-
-def _require_tokenizer(ours: Encoder, folder: str, config: PPOConfig) -> None:
-    theirs, mine = Encoder.load(folder, max_length=config.max_length).tokenizer, ours.tokenizer
-    if (theirs.get_vocab(), theirs.chat_template) != (mine.get_vocab(), mine.chat_template):
-        raise InputError(
-            f"{folder}: policy, reference and reward model must share one tokenizer (vocabulary and chat template); "
-            f"train all from one model, as {config.policy} was"
-        )

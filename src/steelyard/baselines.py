@@ -70,6 +70,7 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
     encoder = Encoder.load(config.policy, max_length=config.max_length)
     if config.reward_model is not None:
         require_reward_model(config.reward_model)
+        encoder.require_same(config.reward_model, what="reward model", of=config.policy)
     out.mkdir(parents=True, exist_ok=True)
     prompts = list({prompt_key(p.prompt): p for p in load_prompts(config.prompts).items[: config.limit]}.values())
     settings = {

@@ -159,9 +159,12 @@ def advance(config: RoundsConfig, before: Round, out: Path, *, quiet: bool) -> R
 def check(config: RoundsConfig) -> None:
     """Raise InputError for settings or models that do not fit together."""
     check_settings(config)
+    encoder = Encoder.load(config.sft)
     require_reward_model(config.reward_model)
+    encoder.require_same(config.reward_model, what="reward model", of=config.sft)
     if config.judge is not None:
         require_reward_model(config.judge)
+        encoder.require_same(config.judge, what="judge", of=config.sft)
         _require_another(config, config.judge)
 
 
@@ -211,7 +214,9 @@ def _require_another(config: RoundsConfig, judge: str) -> None:
         raise InputError(f"judge: {judge} is the reward model itself; what was optimised cannot judge")
     stage = Path(judge).parent / "config.json"
     data = json.loads(stage.read_text()).get("data") if stage.exists() else None
-    if data is not None and config.data is not None and Path(data).resolve() == Path(config.data).resolve():
+    first = Path(config.reward_model).parent / "config.json"
+    known = {config.data, json.loads(first.read_text()).get("data") if first.exists() else None}
+    if data is not None and Path(data).resolve() in {Path(d).resolve() for d in known if d is not None}:
         raise InputError(f"judge: {judge} was trained on {data}, as the rounds are; give one trained on other data")
 
 

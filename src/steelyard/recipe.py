@@ -284,6 +284,7 @@ def check(recipe: Recipe) -> None:
     if not recipe.repair:
         raise InputError("repair: name at least one arm, such as `plain: {recipe: keep}`")
     distinct_names("repair", recipe.repair)
+    folder_names("repair", recipe.repair)
     _check_files(recipe)
     _check_stages(recipe)
     if recipe.policy is not None:
@@ -304,6 +305,12 @@ def distinct_names(field: str, names: Iterable[str]) -> None:
                 f"{field}: {other!r} and {name!r} differ only in spaces, hyphens, slashes or commas, and would share "
                 "their files; rename one"
             )
+
+
+def folder_names(field: str, names: Iterable[str]) -> None:
+    """Raise InputError where a name cannot be that of a folder."""
+    if wrong := [name for name in names if "/" in name or name in ("", ".", "..")]:
+        raise InputError(f"{field}: {wrong[0]!r} cannot name a folder; choose another name")
 
 
 def _check_files(recipe: Recipe) -> None:
@@ -341,6 +348,9 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_policy(recipe: Recipe, policy: PolicyConfig) -> None:
     if not policy.arms:
         raise InputError("policy.arms: name at least one arm, such as `plain PPO: {reward: plain}`")
+    folder_names("policy.arms", policy.arms)
+    if "SFT" in policy.arms:
+        raise InputError("policy.arms: SFT is the name of the model that the arms start from; choose another name")
     for name, settings in policy.arms.items():
         if (method := settings.get("method", METHODS[0])) not in METHODS:
             raise InputError(f"policy.arms.{name}.method must be one of {list(METHODS)}, got {method!r}")

@@ -59,6 +59,9 @@ def evaluate_policy(args: Args) -> None:
     target = new(extra.out / "evaluate" / "policy.json")
     encoder = Encoder.load(config.sft, max_length=config.max_length)
     prompts = prompts_that_fit(config.prompts, encoder, config)
+    others = {"reward model": config.reward_model} | {f"policy {name}": f for name, f in config.policies.items()}
+    for what, folder in others.items():
+        encoder.require_same(folder, what=what, of=config.sft)
     gold = load_scorer(config.gold) if config.gold else None
     folders = {"SFT": config.sft, **config.policies}
     answers = {

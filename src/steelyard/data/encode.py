@@ -157,6 +157,26 @@ class Encoder:
             truncated += cut
         return Encoded(trees, index, left_out, truncated)
 
+    def reads_as(self, other: Encoder) -> bool:
+        """Whether both turn every text into the same tokens: what one was scored on, the other reads alike."""
+
+        def habits(encoder: Encoder) -> tuple[Any, ...]:
+            own = encoder.tokenizer
+            # A token that is added to the beginning, or another end, stands in no vocabulary's difference.
+            tried = encoder.prompt_ids("Which one?"), encoder.response_ids("This one.")
+            return own.get_vocab(), own.chat_template, encoder.end_id, tried
+
+        return habits(self) == habits(other)
+
+    def require_same(self, folder: str | Path, *, what: str, of: str) -> None:
+        """Raise InputError unless the tokenizer in `folder` reads texts as this one does: `what` scores the tokens that
+        the model in `of` drew."""
+        if not self.reads_as(Encoder.load(folder, max_length=self.max_length)):
+            raise InputError(
+                f"{folder}: the {what} must share one tokenizer with {of} (vocabulary, chat template, tokens at the "
+                "beginning and at the end), for it reads the tokens that were drawn; train both from one model"
+            )
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

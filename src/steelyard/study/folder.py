@@ -24,6 +24,12 @@ FREE = ("name", "seeds", "workers", "threads")  # fields that may change between
 Curve = dict[str, Any]
 
 
+def refuse_seeds(sections: Mapping[str, Any]) -> None:
+    """Raise InputError where a section names a seed: all of the study's seeds would do the same with it."""
+    if named := [name for name, settings in sections.items() if settings and "seed" in settings]:
+        raise InputError(f"{', '.join(named)}: `seed` follows from the study's `seeds`; leave it out")
+
+
 class StudyFolder:
     """One study's folder. Every stage must do nothing where its files are there already."""
 

@@ -21,6 +21,7 @@ from steelyard.measure import measure
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.ppo_settings import PPOConfig
 from steelyard.recipe import reward_config, sft_config, strength_config
+from steelyard.run_dir import RunDir
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
 from steelyard.stages import Files, prepare
@@ -218,6 +219,9 @@ def _policies(
     """All cells of a seed before the next seed's."""
     jobs = [run_job(study, cell, seed, files, scored, exam, out) for seed in study.seeds for cell in grid]
     todo = [job for job in jobs if not job.done]
+    for job in jobs:
+        if job.done:  # Opened for its check alone: an arm's name may have come to mean other settings.
+            RunDir.open(job.folder, job.config, resume=True).close()
     print(f"{len(todo)} of {len(jobs)} policies to train", flush=True)
     names = [f"seed {job.folder.relative_to(out / 'seeds').as_posix().replace('/runs/', ', ')}" for job in todo]
     _each(study, train_and_look, [(job,) for job in todo], names)

@@ -21,6 +21,7 @@ from steelyard.recipe import (
     Recipe,
     Settings,
     build,
+    folder_names,
     repair_arm,
     reward_config,
     sft_config,
@@ -28,6 +29,7 @@ from steelyard.recipe import (
     world_config,
 )
 from steelyard.simulate.annotators import AnnotatorConfig, Bias
+from steelyard.study.folder import refuse_seeds
 from steelyard.train.dpo import DPOConfig
 
 Kind = Literal["none", "uniform", "bradley_terry", "systematic", "mixed"]
@@ -277,6 +279,8 @@ def check(study: PolicyStudy) -> None:
         raise InputError("`model: scratch` needs an `sft` section: a model without training cannot be rewarded")
     if study.model != "scratch" and not Path(study.model).is_dir():
         raise InputError(f"model: {study.model}: no such folder")
+    sections = {name: getattr(study, name) for name in ("sft", "strength", "reward", "baselines", "ppo", "dpo")}
+    refuse_seeds(sections | {f"arms.{name}": own for name, own in study.arms.items()})
     _check_arms(study)
     _check_cells(study)
     _check_stages(study)
@@ -287,17 +291,14 @@ def _check_arms(study: PolicyStudy) -> None:
         raise InputError(f"arms.{PLAIN}: all arms are compared with it; it must be there, with `reward: plain`")
     if AS_LABELLED in study.repairs:
         raise InputError(f"repairs.{AS_LABELLED}: this name belongs to the labels as they are; choose another")
+    folder_names("arms", study.arms)
+    folder_names("repairs", study.repairs)
     for name, settings in study.arms.items():
-        if "/" in name or name in ("", ".", ".."):
-            raise InputError(f"arms: {name!r} cannot name a folder; choose another name")
         if (method := settings.get("method", "ppo")) not in ("ppo", "dpo"):
             raise InputError(f"arms.{name}.method: must be ppo or dpo, got {method!r}")
         size = settings.get("members", 1)
         if not isinstance(size, int) or size < 1 or (size > 1 and is_dpo(study, name)):
             raise InputError(f"arms.{name}.members: must be a whole number from 1 on, and 1 with DPO, got {size!r}")
-    for name in study.repairs:
-        if "/" in name or name in ("", ".", ".."):
-            raise InputError(f"repairs: {name!r} cannot name a folder; choose another name")
     for name, other in study.against.items():
         if unknown := {name, other} - study.repairs.keys():
             raise InputError(f"against.{name}: must name `repairs`, of {sorted(study.repairs)}, got {sorted(unknown)}")

@@ -190,6 +190,8 @@ def strata(study: PolicyStudy, grid: Sequence[Cell], runs: Runs, out: Path) -> l
         difficulty_N = np.mean(scores, axis=0)
         control = control_of(study, cell, list(grid))
         for s, members in enumerate(np.array_split(np.argsort(difficulty_N, kind="stable"), count)):
+            if not len(members):
+                continue
             row = named(cell) | {"stratum": f"{s + 1} of {count}", "n": len(members)}
             row |= {"low": float(difficulty_N[members].min()), "high": float(difficulty_N[members].max())}
             row["gold"] = _part(list(runs.of[cell].values()), members)

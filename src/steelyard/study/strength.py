@@ -31,7 +31,7 @@ from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names
 from steelyard.recipe import check as check_recipe
 from steelyard.run_dir import write_json_atomic
 from steelyard.stages import Files, prepare, sft
-from steelyard.study.folder import StudyFolder
+from steelyard.study.folder import StudyFolder, refuse_seeds
 from steelyard.study.strength_compare import compare, tables
 from steelyard.study.strength_runs import Run
 
@@ -105,6 +105,8 @@ def check_study(study: StrengthStudy) -> None:
         if len(set(values)) < len(values):
             raise InputError(f"{field}: must differ from each other, got {list(values)}")
     distinct_names("backends", study.backends)
+    sections = {"world": study.world, "sft": study.sft, "strength": study.strength}
+    refuse_seeds(sections | {f"backends.{name}": own for name, own in study.backends.items()})
     if min(study.sizes) < 1:
         raise InputError(f"sizes: an ensemble has at least one member, got {list(study.sizes)}")
     if study.data is not None:

@@ -277,7 +277,7 @@ class Examiner:
             )
         reward = None
         if config.reward_model is not None:
-            _require_tokenizer(encoder, config.reward_model, "reward model", config)
+            encoder.require_same(config.reward_model, what="reward model", of=config.model)
             reward = RewardModel.load(config.reward_model, precision=config.precision, device=config.device)
         gold = load_scorer(config.gold) if config.gold else None
         return cls(config, encoder, prompts, _load_reference(config, encoder), reward, gold)
@@ -316,17 +316,8 @@ class Examiner:
 
 def _load_reference(config: DPOConfig, encoder: Encoder) -> PolicyModel:
     folder = config.reference or config.model
-    _require_tokenizer(encoder, folder, "reference", config)
+    encoder.require_same(folder, what="reference", of=config.model)
     return PolicyModel.load(folder, precision=config.precision, device=config.device)
-
-
-def _require_tokenizer(ours: Encoder, folder: str, role: str, config: DPOConfig) -> None:
-    theirs, mine = Encoder.load(folder).tokenizer, ours.tokenizer
-    if (theirs.get_vocab(), theirs.chat_template) != (mine.get_vocab(), mine.chat_template):
-        raise InputError(
-            f"{folder}: the {role} must have the policy's tokenizer (vocabulary and chat template), which is that of "
-            f"{config.model}"
-        )
 
 
 def _read(
