@@ -173,7 +173,8 @@ def _head_scores(
         sizes = {"pad_id": encoder.pad_id, "max_tokens": config.max_tokens}
         return features(model, some, probe["layers"], path, **sizes, quiet=True)
 
-    probes, new = Probes(read(encoded.trees)), np.asarray(read(trees))
+    pairs = [preferences[i] for i in encoded.index]
+    probes, new = Probes(read(encoded.trees), pairs), np.asarray(read(trees))
     stored = read_scores(folder)[0]
     found = []
     for m in range(config.members):
