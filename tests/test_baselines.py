@@ -77,13 +77,14 @@ def test_what_is_there_is_used_again(
 
 
 def test_a_prompt_that_comes_twice_is_sampled_once(
-    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": "w1 w2"}, {"prompt": "w3"}, {"prompt": "w1 w2"}, {"prompt": "w4 " * 60}]
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
     path = sample_baselines(configure(planted, folders, prompts=prompts, k=2), tmp_path / "out")
     assert pq.read_table(path)["key"].to_pylist() == ["w1 w2", "w1 w2", "w3", "w3"], "a prompt without room is left out"
-    with pytest.raises(InputError, match="no prompt leaves room"):
+    assert "2 of 3 different prompts leave room" in capsys.readouterr().out
+    with pytest.raises(InputError, match="0 of 1 different prompts leave room"):
         sample_baselines(configure(planted, folders, prompts=prompts, max_length=8, limit=1,
                                    sampling=SamplingConfig(max_new_tokens=7)), tmp_path / "b")  # fmt: skip
 

@@ -195,6 +195,11 @@ def test_audit_gives_every_row_back_with_what_it_found(
     assert main(["audit", "prefs.jsonl", "--out", "audit", *options, "--resume"]) == 0
     assert (here / "audit/annotated.jsonl").read_bytes() == before
 
+    (here / "mine").mkdir()
+    (here / "mine/report.html").write_text("my own")
+    fails(f"audit prefs.jsonl --out mine {' '.join(options)}", "mine/report.html: exists already")
+    assert not (here / "mine/strength").exists()
+
     # Measured the other way, or from other rows, the files would contradict each other.
     again = f"audit prefs.jsonl --out audit {' '.join(options)}"
     fails(f"{again} --scoring in-sample", "audit: holds a measurement out-of-fold, whose annotated.jsonl would be")
@@ -329,7 +334,10 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         (f"{PPO} --gold tiny:none --prompts-per-step 1", ["`module:function`, got 'tiny:none'"]),
         (f"{PPO.replace('--policy lm', '--policy rm')}", ["rm: holds", "must be a language model"]),
         (f"{PPO.replace('--reward-model rm', '--reward-model lm')}", ["lm: holds", "steelyard train reward"]),
-        ("sample --policy lm --prompts long.jsonl --out new --max-length 64", ["long.jsonl: no prompt leaves room"]),
+        (
+            "sample --policy lm --prompts long.jsonl --out new --max-length 64",
+            ["long.jsonl: 0 of 1 different prompts leave room", "lower sampling.max_new_tokens"],
+        ),
         ("sample --policy none --prompts prompts.jsonl --out new", ["none: no such model folder"]),
         ("sample --policy lm --reward-model lm --prompts prompts.jsonl --out new", ["lm: holds", "train reward"]),
         ("sample --policy lm --prompts prompts.jsonl --out demos.jsonl", ["demos.jsonl: File exists"]),

@@ -10,21 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steelyard.data.dialogues import RowError, parse_transcript, parse_turns, to_transcript
 from steelyard.data.formats import (
     FORMATS,
-    RowError,
     detect_format,
     from_hh,
     from_strength,
     from_trl,
-    parse_transcript,
-    parse_turns,
     read_demonstration,
     read_judge_label,
     read_margins,
     read_prompt,
     read_strength,
-    to_transcript,
 )
 from steelyard.types import Message, Preference
 

@@ -207,6 +207,9 @@ def test_references_go_with_relative_rewards_only() -> None:
         relative(torch.ones(2), None, "par")
     with pytest.raises(ValueError, match="baselines must be"):
         relative(torch.ones(2), torch.ones(3, 1), "lsc")
+    # A column of raw baselines would be taken for the percentile.
+    with pytest.raises(ValueError, match=r"got 2: pass references\(baselines, 'lsc'\)"):
+        relative(torch.ones(2), torch.ones(2, 2), "lsc")
 
 
 # Ensembles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 import tiny
 from conftest import Folders
 from steelyard.cli import main
+from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import mean_over_seeds
@@ -308,15 +310,20 @@ def test_linear_members_fitted_again_score_as_they_did(
 ) -> None:
     from steelyard.measure import StrengthConfig, measure
 
+    pairs = [
+        replace(p, weight=0.1 + i % 5, flip_prob=0.1 * (i % 3))
+        for i, p in enumerate(load_preferences(planted["noisy"]).preferences)
+    ]
+    data = str(write_preferences(pairs, tmp_path / "weighed.jsonl"))
     settings: dict[str, Any] = {"scoring": scoring, "members": 2, "max_length": 64}
-    config = StrengthConfig(data=planted["noisy"], model=language_model("llama"), **settings)
+    config = StrengthConfig(data=data, model=language_model("llama"), **settings)
     folder = tmp_path / "strength" / scoring
-    measure(config, load_preferences(planted["noisy"]).preferences, folder, quiet=True)
+    measure(config, load_preferences(data).preferences, folder, quiet=True)
     # On the very pairs that it measured, a member gives what it gave, and gives it to pairs it did not judge, too.
-    ids, again = ensemble_scores(folder, planted["noisy"])
+    ids, again = ensemble_scores(folder, data)
     stored, index = read_scores(folder)
     assert again.shape == stored.shape
-    assert ids == [load_preferences(planted["noisy"]).preferences[i].id for i in index]
+    assert ids == [pairs[i].id for i in index]
     judged = ~np.isnan(stored)
     np.testing.assert_allclose(again[judged], stored[judged], rtol=1e-4, atol=1e-4)
     new_ids, new = ensemble_scores(folder, planted["held-out"])

@@ -283,6 +283,8 @@ class TestRefusals:
         long = tiny.write_jsonl(tmp_path / "long.jsonl", [row, same | {"rejected": " good"}])
         self.refuse("no usable pair is left", out, planted, model, data=long, max_length=8, on_overlong="drop")
         self.refuse("a reward model; a policy must be a language model", out, planted, reward_model("llama"))
+        idle = tiny.write_jsonl(tmp_path / "idle.jsonl", [r | {"weight": 0} for r in tiny.planted_pairs(4)[0]])
+        self.refuse("all 4 usable pairs have weight 0", out, planted, model, data=idle)
         asked = {"prompts": planted["prompts"], "sampling": {"max_new_tokens": 6}}
         self.refuse("not a reward model", out, planted, model, reward_model=model, **asked)
         no_room = {"prompts": planted["prompts"], "sampling": {"max_new_tokens": 64}}

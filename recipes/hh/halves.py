@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("validation")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if there := [p for name in ("prompts.jsonl", "eval_prompts.jsonl") if (p := args.out / name).exists()]:
+        parser.error(f"{there[0]} exists already; name another folder")
     pairs = load_preferences(args.train, on_invalid="skip").preferences
     ours, judges = split_by_prompt(pairs, validation_share=0.5, seed=0, by="first turn")
     write_preferences(ours, args.out / "rm.jsonl")

@@ -171,12 +171,7 @@ def outlook(path: str | Path) -> str:
 def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Prompt]) -> pa.Table:
     policy = PolicyModel.load(config.policy, precision=config.precision, device=config.device)
     ids = [encoder.prompt_ids(p) for p in prompts]
-    room = config.max_length - config.sampling.max_new_tokens
-    fits = [i for i, x in enumerate(ids) if len(x) <= room]
-    if not fits:
-        raise InputError(
-            f"{config.prompts}: no prompt leaves room for a response within max_length = {config.max_length}"
-        )
+    fits = encoder.with_room(prompts, config.sampling.max_new_tokens, config.prompts)
     keys = [prompt_key(prompts[i]) for i in fits]
     drawn = sample(
         policy,

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from steelyard.data.dialogues import prompt_text
 from steelyard.data.encode import Encoder
-from steelyard.data.formats import prompt_text
 from steelyard.data.load import load_preferences
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError

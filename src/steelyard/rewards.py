@@ -105,6 +105,11 @@ def relative(
         return rewards_B.float()
     if how == "lsc":
         _require_baselines(rewards_B, references_Bk)
+        if references_Bk.shape[1] != 1:
+            raise ValueError(
+                f"lsc: a prompt has one reference, a percentile of its baselines; got {references_Bk.shape[1]}: pass "
+                "references(baselines, 'lsc')"
+            )
         return lsc(rewards_B, references_Bk[:, 0])
     return par(rewards_B, references_Bk) if how == "par" else contrastive(rewards_B, references_Bk)
 

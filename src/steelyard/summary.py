@@ -92,7 +92,8 @@ def tables(out: Path) -> list[dict[str, Any]]:
                     [a["arm"], _interval(a, "gold"), _interval(a, "proxy"), a["kl"], a["length"], a["ended"]]
                     for a in result["arms"]
                 ],
-                "note": "Proxy: the policy's own reward model, normalised (for SFT the first policy's). One seed each.",
+                "note": "Proxy: the policy's own reward model, normalised (for SFT, where policies have several, the "
+                "first policy's). One seed each.",
             }
         )
         found += _win_tables(result["wins"])

@@ -54,7 +54,8 @@ def _weigh(config: StrengthConfig, column: str | None, out: Path, resume: bool, 
     refuse_annotated(loaded)
     annotated = out / ("annotated.jsonl" if fits_json(loaded.rows) else "annotated.parquet")
     published = out / "published_format.jsonl"
-    _refuse_mixing(config, out, annotated, published)
+    named = ("report.html", "run.json", "summary.json") if report else ()
+    _refuse_mixing(config, out, annotated, published, *(out / name for name in named))
     truth = truth_column(loaded.preferences, column, config.data)
     own = StrengthConfig(**{k: getattr(config, k) for k in config.model_fields_set if k in StrengthConfig.model_fields})
     folder = out / "strength" / config.scoring
@@ -101,6 +102,9 @@ def _refuse_mixing(config: StrengthConfig, out: Path, *written: Path) -> None:
                 f"{out}: holds a measurement {other.parent.name}, whose {written[0].name} would be written over; give "
                 "another --out (`steelyard run` measures both ways in one folder, with `scorings`)"
             )
+    begun = (out / "strength" / config.scoring / "config.json").exists()
+    if not begun and (there := [path for path in written if path.exists()]):
+        raise InputError(f"{there[0]}: exists already, and would be written over; give another --out, or remove it")
 
 
 def _rows_table(report: LoadReport, result: dict[str, Any]) -> dict[str, Any]:

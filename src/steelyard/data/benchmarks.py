@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steelyard.data.formats import Row, RowError
+from steelyard.data.dialogues import RowError
+from steelyard.data.formats import Row
 from steelyard.data.read import read_rows
 from steelyard.errors import InputError
 from steelyard.types import Message, Prompt

@@ -157,6 +157,23 @@ class Encoder:
             truncated += cut
         return Encoded(trees, index, left_out, truncated)
 
+    def with_room(self, prompts: Sequence[Prompt], new_tokens: int, path: str) -> list[int]:
+        """Numbers of the prompts from `path` that leave room for a response; says so where not all do.
+
+        Raises InputError if none does.
+        """
+        room = self.max_length - new_tokens
+        fits = [i for i, prompt in enumerate(prompts) if len(self.prompt_ids(prompt)) <= room]
+        said = (
+            f"{path}: {len(fits)} of {len(prompts)} different prompts leave room for {new_tokens} new tokens within "
+            f"max_length = {self.max_length}"
+        )
+        if not fits:
+            raise InputError(f"{said}; raise max_length, or lower sampling.max_new_tokens")
+        if len(fits) < len(prompts):
+            print(f"{said}; the others are left out", flush=True)
+        return fits
+
     def reads_as(self, other: Encoder) -> bool:
         """Whether both turn every text into the same tokens: what one was scored on, the other reads alike."""
 

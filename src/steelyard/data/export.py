@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from steelyard.data.dialogues import parse_turns
 from steelyard.data.formats import (
     ANNOTATION_COLUMNS,
     CHOSEN_SCORES,
@@ -30,7 +31,6 @@ from steelyard.data.formats import (
     PUBLISHED_COLUMNS,
     REJECTED_SCORES,
     STD,
-    parse_turns,
 )
 from steelyard.data.load import Loaded, Problem
 from steelyard.errors import InputError

@@ -17,11 +17,20 @@ stripping, no merging of turns. A row that does not fit raises `RowError`; the l
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, get_args
 
-from steelyard.types import Action, Message, Preference, Prompt, Role, Strength
+from steelyard.data.dialogues import (
+    RowError,
+    is_transcript,
+    parse_messages,
+    parse_transcript,
+    parse_turns,
+    shown,
+    split_dialogue,
+    text_of,
+)
+from steelyard.types import Action, Message, Preference, Prompt, Strength
 
 Row = Mapping[str, Any]
 
@@ -45,23 +54,6 @@ KNOWN_FORMATS = (
     f"strength (chosen, rejected, '{MEAN}', ...)"
 )
 
-_SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}
-# A system turn counts only as the first one: HH-RLHF has none, so "System:" at the start of a later paragraph is what
-# somebody said. Text that begins with it is a transcript only if "Human:" follows: others write "User:".
-_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|\A\s*(System): ?")
-_MESSAGE_FIELDS = ("role", "content", "name")
-_TURN_PREFIX = re.compile(r"\s*(Human|Assistant|System): ?")
-_TRANSCRIPT_START = re.compile(r"\s*(?:(?:Human|Assistant):|System:.*?\n\nHuman:)", re.DOTALL)
-
-
-class RowError(ValueError):
-    """A row that does not fit. `kind` is one word for counting; the message says what must hold and what came."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 # ---- which format --------------------------------------------------------------------------------------------
 
 
@@ -80,13 +72,9 @@ def detect_format(row: Row) -> str:
     if row.get(MEAN) is not None:
         return "strength"
     chosen, rejected = row["chosen"], row["rejected"]
-    if _is_transcript(chosen) or _is_transcript(rejected) or _is_turns(chosen):
+    if is_transcript(chosen) or is_transcript(rejected) or _is_turns(chosen):
         return "hh"
     return "trl"
-
-
-def _is_transcript(value: object) -> bool:
-    return isinstance(value, str) and bool(_TRANSCRIPT_START.match(value)) and "Assistant:" in value
 
 
 def _is_turns(value: object) -> bool:
@@ -128,7 +116,7 @@ def from_trl(row: Row, *, id: str = "", source: str = "") -> Preference:
         if first != other:
             raise RowError("prompts-differ", "chosen and rejected must share every message but the last")
         return _preference(row, first, chosen_text, rejected_text, id, source)
-    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    chosen, rejected = text_of(chosen, "chosen"), text_of(rejected, "rejected")
     if prompt is None:
         cut = _implicit_cut(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -147,92 +135,14 @@ def from_strength(row: Row, *, id: str = "", source: str = "") -> Preference:
 FORMATS: dict[str, Callable[..., Preference]] = {"hh": from_hh, "trl": from_trl, "strength": from_strength}
 
 
-# ---- dialogues -----------------------------------------------------------------------------------------------
-
-
-def parse_transcript(text: str, *, name: str = "text") -> tuple[Message, ...]:
-    """Turn "\\n\\nHuman: a\\n\\nAssistant: b" into messages. Only the one space after the colon is taken off.
-
-    "System:" is a turn only at the start. Raises `RowError` ("schema") when the text does not start with a speaker.
-    """
-    marks = list(_TURN.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
-        known = "'Human:', 'Assistant:' or 'System:'"
-        raise RowError("schema", f"{name} must start with {known}, it starts with {text[:40]!r}")
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return tuple(
-        Message(_SPEAKERS[mark[1] or mark[2]], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)
-    )
-
-
-def to_transcript(messages: Sequence[Message]) -> str:
-    """The inverse of `parse_transcript`, of conversations with no system turn but at the start."""
-    names = {role: name for name, role in _SPEAKERS.items()}
-    return "".join(f"\n\n{names[m.role]}: {m.content}" for m in messages)
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt in one text for tables and people: a conversation as "role: content", turns apart by a blank line."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
-
-
-def parse_turns(turns: Sequence[Any], *, name: str = "turns") -> tuple[Message, ...]:
-    """Turn a list of turns into messages: messages, "Human: ..." texts, or bare texts.
-
-    Bare texts take turns, counted from the end: the last is the assistant's (as in the official reader of the
-    published data). Raises `RowError`.
-    """
-    if turns and all(isinstance(turn, Mapping) for turn in turns):
-        return parse_messages(turns, name=name)
-    texts = [_text(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
-    if len(texts) == 1 and _is_transcript(texts[0]):
-        return parse_transcript(texts[0], name=name)
-    marks = [_TURN_PREFIX.match(text) for text in texts]
-    if all(marks):
-        found = cast("list[re.Match[str]]", marks)
-        return tuple(Message(_SPEAKERS[m[1]], t[m.end() :]) for m, t in zip(found, texts, strict=True))
-    odd = len(texts) % 2
-    return tuple(Message("assistant" if (i + odd) % 2 else "user", text) for i, text in enumerate(texts))
-
-
-def parse_messages(value: Any, *, name: str) -> tuple[Message, ...]:
-    """Check a list of `{"role", "content"}` and turn it into messages.
-
-    `name`, which says who speaks, is passed over, as chat templates do, and so are fields that are empty. Raises
-    `RowError`, also for every other field (`tool_calls`, ...): it would be lost without a word.
-    """
-    if not isinstance(value, list) or not value:
-        raise RowError("type", f"{name} must be a list of messages, got {_short(value)}")
-    messages = []
-    for i, item in enumerate(value):
-        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-            raise RowError("type", f"{name}[{i}] must be {{'role', 'content'}}, got {_short(item)}")
-        if item["role"] not in get_args(Role):
-            known = ", ".join(get_args(Role))
-            raise RowError("type", f"{name}[{i}].role must be one of {known}, got {_short(item['role'])}")
-        if lost := [str(key) for key, value in item.items() if key not in _MESSAGE_FIELDS and not _is_empty(value)]:
-            raise RowError(
-                "schema",
-                f"{name}[{i}] must hold role and content only, got also {', '.join(lost)}: write into content what "
-                "counts of it, and remove it",
-            )
-        messages.append(Message(item["role"], _text(item["content"], f"{name}[{i}].content")))
-    return tuple(messages)
-
-
-def split_dialogue(messages: tuple[Message, ...], *, name: str) -> tuple[tuple[Message, ...], str]:
-    """Split a dialogue into its prompt and the assistant's last turn. Raises `RowError`."""
-    if not messages or messages[-1].role != "assistant":
-        got = messages[-1].role if messages else "nothing"
-        raise RowError("schema", f"{name} must end with a turn of the assistant, it ends with {got}")
-    return messages[:-1], messages[-1].content
+# ---- the sides of a pair ----------------------------------------------------------------------------------------
 
 
 def _dialogue(row: Row, name: str) -> tuple[Message, ...]:
     value = _field(row, name)
     if isinstance(value, list):
         return parse_turns(value, name=name)
-    text = _text(value, name)
+    text = text_of(value, name)
     if not text.strip():
         raise RowError("empty", f"{name} is empty")
     return parse_transcript(text, name=name)
@@ -288,7 +198,7 @@ def to_prompt(value: Any, *, name: str = "prompt") -> Prompt:
     prompt = parse_messages(value, name=name) if isinstance(value, list) and value else value
     if prompt is None or prompt == []:
         raise RowError("empty", f"{name} is empty")
-    _refuse_empty(prompt if isinstance(prompt, tuple) else _text(prompt, name), name)
+    _refuse_empty(prompt if isinstance(prompt, tuple) else text_of(prompt, name), name)
     return cast(Prompt, prompt)
 
 
@@ -301,7 +211,7 @@ def read_prompt(row: Row) -> Prompt:
     turns = row.get("turns")
     if turns is not None:
         if not isinstance(turns, list) or not turns:
-            raise RowError("type", f"turns must be a list of texts, got {_short(turns)}")
+            raise RowError("type", f"turns must be a list of texts, got {shown(turns)}")
         return to_prompt(turns[0], name="turns[0]")
     raise RowError(
         "schema",
@@ -326,7 +236,7 @@ def read_demonstration(row: Row) -> tuple[Prompt, str]:
     elif isinstance(value, list):
         prompt, response = _completion(row["prompt"], value, given[0])
     else:
-        prompt, response = to_prompt(row["prompt"]), _text(value, given[0])
+        prompt, response = to_prompt(row["prompt"]), text_of(value, given[0])
     _refuse_empty(prompt, "prompt")
     _refuse_empty(response, given[0])
     return prompt, response
@@ -346,7 +256,7 @@ def read_strength(row: Row) -> Strength | None:
         action = row.get("suggested_action") or "keep"
         if action not in get_args(Action):
             known = ", ".join(get_args(Action))
-            raise RowError("value", f"suggested_action must be one of {known}, got {_short(action)}")
+            raise RowError("value", f"suggested_action must be one of {known}, got {shown(action)}")
         mean = number(row, "strength_mean")
         p_flip = number(row, "p_flip", default=_sigmoid(-mean))
         if not 0.0 <= p_flip <= 1.0:
@@ -390,7 +300,7 @@ def read_judge_label(row: Row) -> int | None:
     if value is None or value == -1:
         return None
     if isinstance(value, bool) or value not in (0, 1):
-        raise RowError("value", f"'{JUDGE_LABEL}' must be 1, 0 or -1, got {_short(value)}")
+        raise RowError("value", f"'{JUDGE_LABEL}' must be 1, 0 or -1, got {shown(value)}")
     return int(value)
 
 
@@ -415,10 +325,6 @@ def _preference(row: Row, prompt: Prompt, chosen: str, rejected: str, id: str, s
         raise RowError("value", str(error).removeprefix(f"{source or id}: ")) from error
 
 
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, (str, list, Mapping)) and not value)
-
-
 def _refuse_empty(value: Prompt, name: str) -> None:
     texts = [value] if isinstance(value, str) else [message.content for message in value]
     if not any(text.strip() for text in texts):
@@ -431,28 +337,17 @@ def _field(row: Row, name: str) -> Any:
     return row[name]
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError("type", f"{name} must be text, got {_short(value)}")
-    return value
-
-
 def _finite(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError("type", f"{name} must be a number, got {_short(value)}")
+        raise RowError("type", f"{name} must be a number, got {shown(value)}")
     try:
         result = float(value)
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
-        raise RowError("value", f"{name} must be finite, got {_short(value)}")
+        raise RowError("value", f"{name} must be finite, got {shown(value)}")
     return result
 
 
 def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

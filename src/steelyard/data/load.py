@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from steelyard.data.dialogues import RowError
 from steelyard.data.formats import (
     CHOSEN_SCORES,
     FORMATS,
@@ -24,7 +25,6 @@ from steelyard.data.formats import (
     PUBLISHED_COLUMNS,
     REJECTED_SCORES,
     Row,
-    RowError,
     detect_format,
     read_demonstration,
     read_prompt,

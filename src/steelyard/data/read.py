@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
-from steelyard.data.formats import Row, RowError
+from steelyard.data.dialogues import RowError
+from steelyard.data.formats import Row
 from steelyard.errors import InputError
 
 _SUFFIXES = ".jsonl, .json, .csv (each also with .gz), .parquet, or a folder written by datasets' save_to_disk"

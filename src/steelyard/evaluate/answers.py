@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from steelyard.data.formats import RowError, to_prompt
+from steelyard.data.dialogues import RowError
+from steelyard.data.formats import to_prompt
 from steelyard.data.read import read_rows
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError

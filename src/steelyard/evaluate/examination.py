@@ -13,8 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from steelyard.config import Config, Device
 from steelyard.data.benchmarks import Item, read_prior_set, read_rewardbench, read_rewardbench2, read_rm_bench
+from steelyard.data.dialogues import prompt_text
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.formats import prompt_text
 from steelyard.data.load import OnInvalid, load_preferences
 from steelyard.errors import InputError
 from steelyard.evaluate.benchmarks import PRIOR_SETS, rewardbench, rewardbench2, rm_bench, score_items

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 
 from steelyard.config import Device
+from steelyard.data.dialogues import prompt_text
 from steelyard.data.encode import Encoder, OverlongError, Tree
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -196,7 +197,7 @@ def questions(bout: Bout) -> list[Messages]:
 
 def ask_about(prompt: Prompt, first: str, second: str) -> Messages:
     """The messages of one question. The tags bear a digest, so that no text can close its own."""
-    asked = prompt if isinstance(prompt, str) else "\n\n".join(f"{m.role}: {m.content}" for m in prompt)
+    asked = prompt_text(prompt)
     tag = hashlib.sha256("\0".join((asked, first, second)).encode()).hexdigest()[:8]
 
     def part(name: str, text: str) -> str:

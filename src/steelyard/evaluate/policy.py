@@ -16,10 +16,10 @@ from pydantic import Field
 
 from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
+from steelyard.data.dialogues import prompt_text
 from steelyard.data.encode import Encoder, Tree
 from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
-from steelyard.errors import InputError
 from steelyard.evaluate.reward import bootstrap_mean
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
@@ -60,17 +60,7 @@ def prompts_that_fit(path: str, encoder: Encoder, config: PolicyEvaluationConfig
     Raises InputError if none does.
     """
     prompts = list({prompt_key(p.prompt): p.prompt for p in load_prompts(path).items}.values())
-    room = encoder.max_length - config.sampling.max_new_tokens
-    fits = [p for p in prompts if len(encoder.prompt_ids(p)) <= room]
-    said = (
-        f"{path}: {len(fits)} of {len(prompts)} different prompts leave room for {config.sampling.max_new_tokens} new "
-        f"tokens within max_length = {encoder.max_length}"
-    )
-    if not fits:
-        raise InputError(f"{said}; raise max_length")
-    if len(fits) < len(prompts):
-        print(f"{said}; the others are left out", flush=True)
-    return fits
+    return [prompts[i] for i in encoder.with_room(prompts, config.sampling.max_new_tokens, path)]
 
 
 def answer(
@@ -180,7 +170,7 @@ def compare(
         "difficulty": _strata(answers, keys, difficulty_N, config.strata),
         "samples": [
             {
-                "prompt": p if isinstance(p, str) else "\n\n".join(f"{t.role}: {t.content}" for t in p),
+                "prompt": prompt_text(p),
                 "responses": {
                     name: {
                         "text": a.texts[n][0],

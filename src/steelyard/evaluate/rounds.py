@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from steelyard.data.collate import collate, pack
+from steelyard.data.dialogues import prompt_text
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import load_preferences, load_prompts
 from steelyard.data.split import prompt_key
@@ -83,7 +84,7 @@ def examine_round(
     values["length"] = np.array([[len(s.tokens) for s in group] for group in drawn], dtype=float)
     values["ended"] = np.array([[s.ended for s in group] for group in drawn], dtype=float)
     samples = [
-        {"prompt": p if isinstance(p, str) else "\n\n".join(f"{t.role}: {t.content}" for t in p), "response": group[0]}
+        {"prompt": prompt_text(p), "response": group[0]}
         for p, group in zip(prompts[: config.samples], texts, strict=False)
     ]
     return {

@@ -19,6 +19,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.probe import Probes, bootstrap_rows, features, layer_choice
 from steelyard.run_dir import write_json_atomic
 from steelyard.strength import out_of_fold_plan
+from steelyard.train.pairwise import require_weight
 from steelyard.types import Preference
 
 
@@ -80,8 +81,7 @@ def head_scores(
     """
     N = len(trees)
     if pairs is not None:
-        if not any(p.weight for p in pairs):
-            raise InputError(f"{config.data}: all {N} usable pairs have weight 0; give some a `weight` above 0")
+        require_weight(config.data, pairs)
         with_margin = sum(p.margin != 0 for p in pairs)
         if with_margin and not quiet:
             print(

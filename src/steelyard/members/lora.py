@@ -13,7 +13,7 @@ from steelyard.members.config import LoraConfig, StrengthConfig
 from steelyard.models import lora as adapters
 from steelyard.models.reward import RewardModel
 from steelyard.train.optim import batches, set_rate, take_step, total_steps
-from steelyard.train.pairwise import read_pairs
+from steelyard.train.pairwise import read_pairs, require_weight
 from steelyard.train.reward import RewardConfig, reward_step
 
 
@@ -49,6 +49,7 @@ def lora_member(
     )
     adapt(model, config.lora, seed)
     pairs, trees = read_pairs(config.data, encoder, train, on_invalid=config.on_invalid)
+    require_weight(config.data, pairs)
     settings = RewardConfig(data=config.data, model=config.model, max_tokens=config.max_tokens)
     member = config.member
     optim = member.optim.model_copy(update={"lr": config.lora.lr})

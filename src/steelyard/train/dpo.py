@@ -25,7 +25,7 @@ from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import OnInvalid, load_preferences, load_prompts
+from steelyard.data.load import OnInvalid, load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import divergence
@@ -40,6 +40,7 @@ from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.scorer import Scorer, load_scorer
 from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
+from steelyard.train.pairwise import read_pairs, require_weight
 from steelyard.types import Preference, Prompt
 
 _SHOWN = 4  # responses of each examination that samples.jsonl keeps
@@ -328,9 +329,9 @@ def _read(
     `start` is the model before its first step: the reference unless another one is given.
     """
     reference = start if config.reference is None else _load_reference(config, encoder)
-    read = {"": _pairs(config.data, encoder, config, say)}
-    if config.eval_every:
-        read |= {name: _pairs(path, encoder, config, say) for name, path in config.validation.items()}
+    sets = {"": config.data} | (config.validation if config.eval_every else {})
+    read = {name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say) for name, path in sets.items()}
+    require_weight(config.data, read[""][0])
     distinct = list(dict.fromkeys(tree for _, trees in read.values() for tree in trees))
     stored = _reference_logprobs(config, encoder, reference, distinct, out / "reference")
     place = {tree: i for i, tree in enumerate(distinct)}
@@ -352,16 +353,3 @@ def _reference_logprobs(
     logprobs = response_logprobs(reference, trees, encoder.pad_id, config.max_tokens)
     checkpoint.save(folder, {"logprobs": logprobs}, {"trees": digest})
     return logprobs
-
-
-def _pairs(
-    path: str, encoder: Encoder, config: DPOConfig, say: Callable[[str], object] | None
-) -> tuple[list[Preference], list[Tree]]:
-    """Usable pairs and their trees. Raises InputError if none is left."""
-    loaded = load_preferences(path, on_invalid=config.on_invalid)
-    encoded = encoder.encode(loaded.preferences)
-    if not encoded.trees:
-        raise InputError(f"{path}: no usable pair is left to train or examine on ({encoded.text() or 'empty file'})")
-    if say is not None:
-        say("\n".join(filter(None, [loaded.report.text(), encoded.text()])))
-    return [loaded.preferences[i] for i in encoded.index], encoded.trees

@@ -33,7 +33,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import Precision
 from steelyard.progress import Progress
 from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
-from steelyard.train.pairwise import pair_losses, read_pairs, shared_out
+from steelyard.train.pairwise import pair_losses, read_pairs, require_weight, shared_out
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
@@ -108,11 +108,7 @@ def train_metarm(
         encoder = Encoder.load(config.model, max_length=config.max_length, on_overlong=config.on_overlong)
         say: Callable[[str], object] = (lambda text: None) if quiet else print
         pairs, trees = read_pairs(config.data, encoder, on_invalid=config.on_invalid, say=say)
-        if not any(p.weight for p in pairs):
-            raise InputError(
-                f"{config.data}: all {len(pairs)} usable pairs have weight 0, so nothing would be learned; give some a "
-                "`weight` above 0"
-            )
+        require_weight(config.data, pairs)
         held_out = {
             n: read_pairs(p, encoder, on_invalid=config.on_invalid, say=say)[1] for n, p in config.validation.items()
         }

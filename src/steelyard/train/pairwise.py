@@ -41,6 +41,15 @@ def read_pairs(
     return [pairs[i] for i in encoded.index], encoded.trees
 
 
+def require_weight(path: str, pairs: Sequence[Preference]) -> None:
+    """Raise InputError if all pairs have weight 0."""
+    if not any(p.weight for p in pairs):
+        raise InputError(
+            f"{path}: all {len(pairs)} usable pairs have weight 0, so nothing would be learned; give some a `weight` "
+            "above 0"
+        )
+
+
 def pair_losses(rewards: Float[Tensor, "n 2"], pairs: Sequence[Preference], margin_in_flip: bool) -> Float[Tensor, "n"]:
     """Each pair's loss with its own margin and probability of a wrong label, not weighted."""
     return bradley_terry(

@@ -31,7 +31,7 @@ from steelyard.models.trunk import Precision, Stored
 from steelyard.progress import Progress
 from steelyard.train.contrastive import ContrastiveConfig, contrastive_step, new_prototypes
 from steelyard.train.optim import OptimConfig, batches, set_rate, take_step, total_steps
-from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs, shared_out
+from steelyard.train.pairwise import freeze_below, pair_losses, read_pairs, require_weight, shared_out
 from steelyard.types import Preference
 
 NORMAL_PAIRS = 512  # training pairs over which the reward's mean and std are measured at the end
@@ -135,11 +135,7 @@ def train_reward(
         trained = [*model.parameters(), *([] if prototypes is None else [prototypes])]
         say = None if quiet else print
         pairs, trees = read_pairs(config.data, encoder, rows, on_invalid=config.on_invalid, say=say)
-        if not any(p.weight for p in pairs):
-            raise InputError(
-                f"{config.data}: all {len(pairs)} usable pairs have weight 0, so nothing would be learned; give some a "
-                "`weight` above 0"
-            )
+        require_weight(config.data, pairs)
         held_out = {
             name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say)[1]
             for name, path in config.validation.items()
