@@ -223,7 +223,7 @@ class TestExamination:
         encoder = Encoder.load(policy, max_length=64)
         prompts = list(dict.fromkeys(found["prompts"]))
         assert len(prompts) == len(found["prompts"]) == 6, "repeated prompts count once"
-        config = RoundsConfig(**settings).evaluate
+        config = PolicyEvaluationConfig(**settings["evaluate"])
         drawn = sample(
             PolicyModel.load(policy), [encoder.prompt_ids(p) for p in prompts], prompts, k=3,
             config=config.sampling, end_id=encoder.end_id, pad_id=encoder.pad_id, seed=config.seed,
@@ -376,6 +376,7 @@ class TestChoice:
     [
         ({"k": 3}, SamplingConfig(max_new_tokens=5)),
         ({"sampling": {"max_new_tokens": 4}}, SamplingConfig(max_new_tokens=4)),
+        ({"sampling": {"temperature": 0.5}}, SamplingConfig(max_new_tokens=5, temperature=0.5)),
     ],
 )
 def test_the_examination_samples_as_ppo_does_unless_it_says_otherwise(
@@ -392,6 +393,32 @@ def test_the_examination_samples_as_ppo_does_unless_it_says_otherwise(
     with pytest.raises(KeyboardInterrupt):
         run_rounds(RoundsConfig(**settings | {"evaluate": evaluate}), tmp_path / "out", quiet=True)
     assert seen == [drawn]
+    # What PPO says is not what the examination's own defaults say: written out, those are another examination.
+    other = RoundsConfig(**settings | {"evaluate": {"sampling": SamplingConfig().model_dump()}})
+    with pytest.raises(InputError, match=r"evaluate\.sampling"):
+        run_rounds(other, tmp_path / "out", resume=True, quiet=True)
+
+
+def test_the_validation_sets_are_read_as_the_reward_model_reads_pairs(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(5)
+    long, short = (" ".join(tiny.sentence(rng, n, n + 1)) for n in (60, 4))
+    rows = [{"prompt": short, "chosen": c, "rejected": r} for c, r in ((long, short), (short, "w1"), ("w2", "w3 w4"))]
+    file = tiny.write_jsonl(tmp_path / "some.jsonl", [*rows, {"prompt": short, "chosen": "w1"}])
+    rm = settings["rm"] | {"on_invalid": "skip", "on_overlong": "drop"}
+    seen: list[int] = []
+
+    def watch(*args: Any, **_: Any) -> Any:
+        seen.append(len(args[5]["own"][1]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iterate, "examine_round", watch)
+    for length in (64, 80):
+        own = settings | {"rm": rm | {"max_length": length}, "validation": {"own": file}}
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(RoundsConfig(**own), tmp_path / str(length), quiet=True)
+    assert seen == [2, 3]
 
 
 class TestRefusals:

@@ -22,13 +22,15 @@ from steelyard.config import Config, Device, explain
 from steelyard.data.encode import Encoder
 from steelyard.data.load import say_if_shared
 from steelyard.errors import InputError
+from steelyard.evaluate.examination import training_length
 from steelyard.evaluate.policy import PolicyEvaluationConfig
-from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, choose, examine_round, held_out
+from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, Pairs, choose, examine_round, held_out
 from steelyard.models.reward import require_reward_model
 from steelyard.ppo_settings import PPOConfig
 from steelyard.run_dir import RunDir, write_json_atomic
 from steelyard.scorer import load_scorer
 from steelyard.train.metarm import MetaRMConfig, train_metarm
+from steelyard.train.pairwise import read_pairs
 from steelyard.train.ppo import train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.types import Prompt
@@ -80,8 +82,8 @@ class RoundsConfig(Config):
         None, description="criterion of the best round; none given: gold, else the judge, else nothing"
     )
     kl_price: float = Field(0.0, ge=0, description="taken from the criterion for each nat of KL")
-    evaluate: PolicyEvaluationConfig = Field(
-        default_factory=PolicyEvaluationConfig, description="the examination: k, seed, samples (sampling as in PPO)"
+    evaluate: Settings = Field(
+        default_factory=dict, description="the examination: fields of `evaluate policy` such as k (sampling as in PPO)"
     )
     device: Device = "cpu"
     seed: int = Field(0, ge=0, description="every round's sampling and order follow from it and the round's number")
@@ -188,21 +190,23 @@ def check_settings(config: RoundsConfig) -> None:
     for names, reason in idle:
         if useless := names & config.given():
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}; leave out")
-    if useless := {"tie", "strata"} & config.evaluate.given():
+    if useless := {"tie", "strata"} & set(config.evaluate):
         raise InputError(
             f"evaluate: {', '.join(sorted(useless))}: no effect in rounds, which count no wins and no strata; leave out"
         )
     some = Round(1, "", "")
+    # PPO's own section first: the others take over from it, faults too.
+    optimise, stored = _ppo(config, some, baselines=""), _baselines(config, some)
     _reward(config, 1, model="", meta="")
     _meta_sample(config, 1, "")
-    stored, optimise = _baselines(config, some), _ppo(config, some, baselines="")
+    examination = _evaluation(config)
     try:
         ppo_settings.check(optimise)
     except InputError as error:
         raise InputError(f"ppo: {error}") from None
     if _relative(config):
         ppo_settings.check_baselines(optimise, stored, "ppo", "baseline_sample")
-    if config.kl_price and (bent := _evaluation(config).sampling.bent()):
+    if config.kl_price and (bent := examination.sampling.bent()):
         raise InputError(
             "kl_price: the examination's answers must be drawn from the policy as it is, for only then is their mean "
             f"log-ratio the KL; give evaluate.sampling without {', '.join(bent)}, or leave kl_price out"
@@ -241,10 +245,16 @@ def _build(kind: type[C], where: str, settings: Mapping[str, Any], defaults: Set
     """A stage's settings from a section. Raises InputError naming section and field."""
     if clash := set(settings) & set(filled):
         raise InputError(f"{where}: {', '.join(sorted(clash))} is filled in by the rounds; leave it out")
+    # A section in a section, such as sampling, keeps what only the defaults say.
+    inner = {n: {**defaults[n], **v} for n, v in settings.items() if _both_sections(defaults.get(n), v)}
     try:
-        return kind(**{**defaults, **settings, **filled})
+        return kind(**{**defaults, **settings, **inner, **filled})
     except ValidationError as error:
         raise InputError(explain(error, lambda field: f"{where}.{field}")) from None
+
+
+def _both_sections(*values: object) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def seed_of(config: RoundsConfig, number: int) -> int:
@@ -307,9 +317,8 @@ def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
 
 def _evaluation(config: RoundsConfig) -> PolicyEvaluationConfig:
     """The examination samples as PPO does where its own section does not say otherwise."""
-    others = _where(config) | {"sampling": _ppo(config, Round(1, "", ""), baselines="").sampling}
-    given = config.evaluate.given()
-    return config.evaluate.model_copy(update={name: v for name, v in others.items() if name not in given})
+    shared = {name: value for name, value in _shared(config).items() if name in ("sampling", "device")}
+    return _build(PolicyEvaluationConfig, "evaluate", config.evaluate, shared)
 
 
 # ---- examination and choice ----------------------------------------------------------------------------------------
@@ -325,13 +334,21 @@ def _examine(config: RoundsConfig, now: Round, prompts: Sequence[Prompt], length
         rewards = {FIRST: config.reward_model, CURRENT: now.reward_model}
         if config.judge is not None:
             rewards[JUDGE] = config.judge
-        rm = _reward(config, 1, model="", meta="")
         found = examine_round(
             now.policy, config.sft, rewards, prompts, load_scorer(config.gold) if config.gold else None,
-            config.validation, _evaluation(config), max_length=length, on_overlong=rm.on_overlong,
+            _validation(config), _evaluation(config), max_length=length,
         )  # fmt: skip
         write_json_atomic(target, {"round": now.number} | found)
     return json.loads(target.read_text())
+
+
+def _validation(config: RoundsConfig) -> dict[str, Pairs]:
+    """The validation sets, read as the reward model's training reads them."""
+    rm = _reward(config, 1, model="", meta="")
+    fixed = config.reward == "fixed" and config.validation
+    length = training_length(config.reward_model, None) if fixed else rm.max_length
+    encoder = Encoder.load(config.sft, max_length=length, on_overlong=rm.on_overlong)
+    return {name: read_pairs(path, encoder, on_invalid=rm.on_invalid) for name, path in config.validation.items()}
 
 
 def _record(config: RoundsConfig, examined: Sequence[Mapping[str, Any]], failure: str = "") -> dict[str, Any]:

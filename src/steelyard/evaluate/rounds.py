@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from steelyard.data.collate import collate, pack
 from steelyard.data.dialogues import prompt_text
-from steelyard.data.encode import Encoder, OnOverlong, Tree
-from steelyard.data.load import load_preferences, load_prompts
+from steelyard.data.encode import Encoder, Tree
+from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig, draw_answers
@@ -27,10 +27,12 @@ from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
 from steelyard.sampling import Sample
 from steelyard.scorer import Scorer
-from steelyard.types import Prompt
+from steelyard.types import Preference, Prompt
 
 FIRST, CURRENT, JUDGE, GOLD = "first", "current", "judge", "gold"
 OWN = "the policy's own responses"
+Pairs = tuple[list[Preference], list[Tree]]
+"""Usable pairs and their trees."""
 
 
 def held_out(path: str, encoder: Encoder, config: PolicyEvaluationConfig) -> list[Prompt]:
@@ -53,13 +55,14 @@ def examine_round(
     rewards: Mapping[str, str],
     prompts: Sequence[Prompt],
     gold: Scorer | None,
-    validation: Mapping[str, str],
+    validation: Mapping[str, Pairs],
     config: PolicyEvaluationConfig,
     *,
     max_length: int,
-    on_overlong: OnOverlong,
 ) -> dict[str, Any]:
     """One policy on held-out prompts, as plain values; `rewards` are reward-model folders by name, `FIRST` among them.
+
+    `validation`: the sets by name, in the tokens that all these models share. `max_length` is the policy's.
 
     `values`: for each prompt and response the (normalised) rewards, gold, KL to the SFT model in nats (log p(y) -
     log p_SFT(y) at temperature 1), length and whether it ended. `row`: their means, rewards with intervals over
@@ -77,7 +80,7 @@ def examine_round(
     for name, folder in rewards.items():
         if folder not in scored:
             sets = {} if name == JUDGE else validation
-            scored[folder] = _judge(folder, trees, keys, sets, values.get(GOLD), config, max_length, on_overlong)
+            scored[folder] = _judge(folder, encoder.pad_id, trees, keys, sets, values.get(GOLD), config)
         values[name], rows = scored[folder]
         accuracy += [] if name == JUDGE else [{"model": name, **row} for row in rows]
     values["kl"] = kl_NK
@@ -122,28 +125,22 @@ def _loglikelihood(model: PolicyModel, trees: Sequence[Tree], pad_id: int, max_t
 
 def _judge(
     folder: str,
+    pad_id: int,
     trees: Sequence[Tree],
     keys: Sequence[str],
-    validation: Mapping[str, str],
+    validation: Mapping[str, Pairs],
     gold_NK: Float[np.ndarray, "N K"] | None,
     config: PolicyEvaluationConfig,
-    max_length: int,
-    on_overlong: OnOverlong,
 ) -> tuple[Float[np.ndarray, "N K"], list[dict[str, Any]]]:
     """(one reward model's normalised rewards of the responses, its accuracy on each set)."""
-    encoder = Encoder.load(folder, max_length=max_length, on_overlong=on_overlong)
     model = RewardModel.load(folder, precision=config.precision, device=config.device)
     mean, std = model.normal
-    how: dict[str, int] = {"pad_id": encoder.pad_id, "max_tokens": config.max_tokens}
+    how: dict[str, int] = {"pad_id": pad_id, "max_tokens": config.max_tokens}
     raw_NK = model.score(list(trees), **how).astype(np.float64)
     sets: dict[str, tuple[Float[np.ndarray, "n"], list[str]]] = {}
-    for name, path in validation.items():
-        pairs = load_preferences(path).preferences
-        encoded = encoder.encode(pairs)
-        if not encoded.trees:
-            raise InputError(f"{path}: no usable pair is left to examine on ({encoded.text() or 'empty file'})")
-        rewards = model.score(encoded.trees, **how).astype(np.float64)
-        sets[name] = wins(rewards[:, 0] - rewards[:, 1]), [prompt_key(pairs[i].prompt) for i in encoded.index]
+    for name, (pairs, encoded) in validation.items():
+        rewards = model.score(encoded, **how).astype(np.float64)
+        sets[name] = wins(rewards[:, 0] - rewards[:, 1]), [prompt_key(p.prompt) for p in pairs]
     if gold_NK is not None and gold_NK.shape[1] > 1:
         right, rows = true_choices(raw_NK, gold_NK)
         sets[OWN] = right, [keys[n] for n in rows]
