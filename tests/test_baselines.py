@@ -11,15 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import tiny
 from conftest import Folders
 from steelyard import baselines
 from steelyard.baselines import BaselineConfig, fingerprint, outlook, read_baselines, sample_baselines
-from steelyard.data.encode import Tree
+from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
 from steelyard.sampling import SamplingConfig
+from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.variance import Variances, shrunk_means, variances
 
 
@@ -87,6 +89,43 @@ def test_a_prompt_that_comes_twice_is_sampled_once(
     with pytest.raises(InputError, match="0 of 1 different prompts leave room"):
         sample_baselines(configure(planted, folders, prompts=prompts, max_length=8, limit=1,
                                    sampling=SamplingConfig(max_new_tokens=7)), tmp_path / "b")  # fmt: skip
+
+
+def test_a_text_and_the_same_text_as_a_turn_are_two_prompts(
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path
+) -> None:
+    """Without a chat template they are other tokens: one's baselines would be those of another question."""
+    turn = {"prompt": [{"role": "user", "content": "w1 w2"}]}
+    texts, turns = (
+        tiny.write_jsonl(tmp_path / n, [r]) for n, r in (("a.jsonl", {"prompt": "w1 w2"}), ("b.jsonl", turn))
+    )
+    paths = [sample_baselines(configure(planted, folders, prompts=p), tmp_path / "out") for p in (texts, turns)]
+    assert paths[0] != paths[1]
+    asked = PPOConfig(
+        policy=folders[0], reward_model=folders[1], prompts=turns, baselines=str(paths[0]), prompts_per_step=1,
+        samples_per_prompt=1, sampling=SamplingConfig(max_new_tokens=5), max_length=64, steps=1,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no baselines for 1 of 1 prompts"):
+        train_ppo(asked, tmp_path / "a", quiet=True)
+    train_ppo(asked.model_copy(update={"baselines": str(paths[1])}), tmp_path / "b", quiet=True)
+
+
+def test_rewards_that_are_no_numbers_are_not_kept(
+    folders: tuple[str, str], planted: dict[str, str], tmp_path: Path
+) -> None:
+    model = RewardModel.load(folders[1])
+    with torch.no_grad():
+        model.hf.score.weight.fill_(3e38)  # finite, but no reward made of it is
+    model.save(tmp_path / "rm", Encoder.load(folders[1]))
+    with pytest.raises(InputError, match=r"rm: gives \d+ of 36 responses a reward that is not finite, first to prompt"):
+        sample_baselines(configure(planted, folders, reward_model=str(tmp_path / "rm")), tmp_path / "out")
+    assert [p.name.split("-")[0] for p in (tmp_path / "out").iterdir()] == ["responses"]
+    path = sample_baselines(configure(planted, folders), tmp_path / "sound")
+    table = pq.read_table(path)
+    bad = pa.array([float("nan"), *table["reward"].to_pylist()[1:]])
+    pq.write_table(table.set_column(table.column_names.index("reward"), "reward", bad), path)
+    with pytest.raises(InputError, match="holds rewards that are not finite"):
+        read_baselines(path, k=None, policy=folders[0], reward_model=folders[1])
 
 
 def test_a_fingerprint_is_that_of_the_contents(folders: tuple[str, str], tmp_path: Path) -> None:

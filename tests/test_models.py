@@ -334,6 +334,19 @@ class TestRefusals:
         with pytest.raises(InputError, match="up to 17 tokens, beyond 16"):
             draw(9)
 
+    def test_places_that_were_not_learned(self) -> None:
+        from transformers import GPT2Config
+
+        config = GPT2Config(vocab_size=len(tiny.VOCABULARY), n_embd=32, n_layer=2, n_head=4, n_positions=16)
+        model = PolicyModel(tiny.build_model(config))
+        run_trunk(model.hf.base_model, collate([Tree((5,) * 8, ((6,) * 8, (7,) * 8))], 0))
+        with pytest.raises(
+            InputError, match="up to 17 tokens, but the model knows 16 places; keep prompt and response"
+        ):
+            run_trunk(model.hf.base_model, collate([Tree((5,) * 8, ((6,) * 8, (7,) * 9))], 0))
+        with pytest.raises(InputError, match="up to 17 tokens, but the model knows 16 places"):
+            sample(model, [(5,) * 8], ["a"], k=2, config=SamplingConfig(max_new_tokens=9), end_id=3, pad_id=0, seed=0)
+
     def test_scaled_logits(self) -> None:
         from transformers import GraniteConfig
 

@@ -490,6 +490,8 @@ class TestGuards:
     def test_rewards_that_no_longer_differ(self, base: dict[str, Any], tmp_path: Path) -> None:
         record = self.stop("step 1: the rewards' std", base | {"min_reward_std": 1e3}, tmp_path / "out")
         assert record["step"] == 1
+        spread = {p["id"]: np.ptp([r["reward"] for r in p["responses"]]) for p in record["prompts"]}
+        assert record["worst"] == sorted(spread, key=spread.__getitem__)[:3]
 
 
 def test_a_step_never_rests_on_a_few_prompts(

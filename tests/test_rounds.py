@@ -214,6 +214,17 @@ class TestChain:
             assert stored["reward_model"] == fingerprint(config["reward_model"])
         responses = list((tmp_path / "baselines").glob("responses-*"))
         assert len(responses) == (2 if kind == "current" else 1), "the SFT model answers once, for all rounds"
+        if kind == "current":
+            # Nor are they what the reward model was trained on: drawn from the same policy, by other random numbers.
+            asked = settings | own | {"meta_prompts": settings["prompts"], "rounds": 1}
+            run_rounds(RoundsConfig(**asked), tmp_path / "again", quiet=True)
+            drawn = [
+                {r: n for n, r in enumerate(pq.read_table(file)["response"].to_pylist())}
+                for kind in ("baselines", "round-01/meta")
+                for file in (tmp_path / "again" / kind).glob("responses-*")
+            ]
+            assert len(drawn) == 2
+            assert len(set(drawn[0]) & set(drawn[1])) < len(drawn[0]) / 2
 
 
 class TestExamination:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
         require_reward_model(config.reward_model)
         encoder.require_same(config.reward_model, what="reward model", of=config.policy)
     out.mkdir(parents=True, exist_ok=True)
-    prompts = list({prompt_key(p.prompt): p for p in load_prompts(config.prompts).items[: config.limit]}.values())
+    prompts = {baseline_key(p.prompt, encoder): p.prompt for p in load_prompts(config.prompts).items[: config.limit]}
     settings = {
         "policy": fingerprint(config.policy),
-        "prompts": _digest([prompt_key(p.prompt) for p in prompts]),
+        "prompts": _digest(list(prompts)),
         "k": config.k,
         "sampling": config.sampling.model_dump(exclude={"rows", "gpu_memory"}),
         "max_length": config.max_length,
@@ -85,7 +86,7 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
         settings["precision"] = config.precision
     responses = out / f"responses-{_digest(settings)}.parquet"
     if not responses.exists():
-        _write(responses, _responses(config, encoder, [p.prompt for p in prompts]), settings)
+        _write(responses, _responses(config, encoder, prompts), settings)
     if config.reward_model is None:
         return responses
     settings |= {"reward_model": fingerprint(config.reward_model)}
@@ -96,10 +97,20 @@ def sample_baselines(config: BaselineConfig, out: Path) -> Path:
     return scores
 
 
+def baseline_key(prompt: Prompt, encoder: Encoder) -> str:
+    """What names a prompt's baselines: its `prompt_key`, and for one user turn its role where that makes other tokens.
+
+    Without a chat template a text is read as it stands, and the same text as a turn as part of a transcript.
+    """
+    if not encoder.templated and not isinstance(prompt, str) and len(prompt) == 1:
+        return f"{prompt[0].role}:{prompt[0].content}"
+    return prompt_key(prompt)
+
+
 def read_baselines(
     path: str | Path, *, k: int | None, policy: str | Sequence[str], reward_model: str
 ) -> dict[str, Float[np.ndarray, "K"]]:
-    """Baseline rewards by `prompt_key`.
+    """Baseline rewards by `baseline_key`.
 
     `policy`: the model, or one of the models, that the responses may come from. Raises InputError if the file is no
     scored file of `sample_baselines`, was made with another policy or reward model (the rewards would not compare),
@@ -126,6 +137,8 @@ def read_baselines(
         raise InputError(f"{path}: holds {stored} responses per prompt, {k} are wanted; sample again with k = {k}")
     rewards: dict[str, list[float]] = {}
     for key, reward in zip(table["key"].to_pylist(), table["reward"].to_pylist(), strict=True):
+        if not math.isfinite(reward):
+            raise InputError(f"{path}: holds rewards that are not finite; score a new file with `steelyard sample`")
         rewards.setdefault(key, []).append(reward)
     return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
 
@@ -168,11 +181,12 @@ def outlook(path: str | Path) -> str:
     )
 
 
-def _responses(config: BaselineConfig, encoder: Encoder, prompts: Sequence[Prompt]) -> pa.Table:
+def _responses(config: BaselineConfig, encoder: Encoder, prompts: Mapping[str, Prompt]) -> pa.Table:
     policy = PolicyModel.load(config.policy, precision=config.precision, device=config.device)
-    ids = [encoder.prompt_ids(p) for p in prompts]
-    fits = encoder.with_room(prompts, config.sampling.max_new_tokens, config.prompts)
-    keys = [prompt_key(prompts[i]) for i in fits]
+    ids = [encoder.prompt_ids(p) for p in prompts.values()]
+    fits = encoder.with_room(list(prompts.values()), config.sampling.max_new_tokens, config.prompts)
+    names = list(prompts)
+    keys = [names[i] for i in fits]
     drawn = sample(
         policy,
         [ids[i] for i in fits],
@@ -203,7 +217,13 @@ def _score(config: BaselineConfig, encoder: Encoder, table: pa.Table) -> Float[n
     prompts, responses = table["prompt_tokens"].to_pylist(), table["response_tokens"].to_pylist()
     starts = range(0, len(prompts), config.k)
     trees = [Tree(tuple(prompts[i]), tuple(tuple(r) for r in responses[i : i + config.k])) for i in starts]
-    return model.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens).reshape(-1)
+    rewards = model.score(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens).reshape(-1)
+    if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
+        raise InputError(
+            f"{config.reward_model}: gives {len(bad)} of {len(rewards)} responses a reward that is not finite, first "
+            f"to prompt {table['prompt'][bad[0]].as_py()!r}; use a sound reward model, or precision = float32"
+        )
+    return rewards
 
 
 def _digest(settings: Any) -> str:

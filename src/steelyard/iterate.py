@@ -285,9 +285,11 @@ def _meta_sample(config: RoundsConfig, number: int, policy: str) -> BaselineConf
 
 def _baselines(config: RoundsConfig, now: Round) -> BaselineConfig:
     current = config.baselines == "current"
+    # Behind all rounds' own seeds: with the round's, the first k would be the meta set's very responses.
+    seed = seed_of(config, config.rounds + now.number if current else 0)
     filled = {
         "policy": now.policy if current else config.sft, "prompts": config.prompts, "reward_model": now.reward_model,
-        "seed": seed_of(config, now.number if current else 0),
+        "seed": seed,
     }  # fmt: skip
     return _build(BaselineConfig, "baseline_sample", config.baseline_sample, _shared(config), **filled)
 

@@ -200,6 +200,22 @@ def check_baselines(config: PPOConfig, stored: BaselineConfig, where: str, there
         )
 
 
+def idle(reward: str, advantage: str) -> set[str]:
+    """Settings without effect on this reward and these advantages, the scaling's apart."""
+    names = set[str]()
+    if reward == "plain":
+        names |= BASELINES
+    if reward != "contrastive":
+        names |= {"baseline"}
+    if reward != "lsc":
+        names |= {"lsc_percentile", "lsc_reference"}
+    if advantage != "gae":
+        names |= CRITIC_ONLY
+    if advantage != "group":
+        names |= {"group_std"}
+    return names
+
+
 def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[str], str]]:
     """Settings that the others make idle, and why."""
     reward, advantage, std = config.reward, config.advantage, config.scaling == "std"

@@ -207,18 +207,14 @@ def ppo_config(
     has none."""
     shared, own = policy.ppo, {name: v for name, v in policy.arms[arm].items() if name not in ("method", "rm")}
     fixed: Settings = {"policy": model, "prompts": prompts, "reward_model": reward_model, "gold": gold}
-    idle: set[str] = set()
+    reward, scaling = arm_setting(policy, arm, "reward"), arm_setting(policy, arm, "scaling")
+    idle = ppo_settings.idle(reward, arm_setting(policy, arm, "advantage"))
     if needs_baselines(policy, arm):
         fixed["baselines"] = baselines
-    else:
-        idle |= ppo_settings.BASELINES
-    scaling = arm_setting(policy, arm, "scaling")
-    if scaling != "std" and arm_setting(policy, arm, "reward") != "contrastive":
+    if scaling != "std" and reward != "contrastive":
         idle |= ppo_settings.SCALING
     elif scaling == "none":
         idle |= ppo_settings.SCALING - {"scaling"}
-    if arm_setting(policy, arm, "advantage") != "gae":
-        idle |= ppo_settings.CRITIC_ONLY
     shared = {name: value for name, value in shared.items() if name not in idle}
     return build(PPOConfig, f"policy.arms.{arm}", _everywhere(recipe) | shared | own, **fixed)
 

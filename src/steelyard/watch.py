@@ -69,6 +69,10 @@ def rollout_metrics(
     return metrics | {"ppo/scale": scale.factor}
 
 
+class RewardCollapse(FloatingPointError):
+    """The responses hardly differ in reward any more."""
+
+
 def require_finite(metrics: dict[str, float], step: int) -> None:
     """Raise FloatingPointError, naming step and metric, if one is not a finite number."""
     bad = {k: v for k, v in metrics.items() if not math.isfinite(v)}
@@ -82,7 +86,7 @@ def require_finite(metrics: dict[str, float], step: int) -> None:
 def guard(metrics: dict[str, float], step: int, config: PPOConfig) -> None:
     """Raise FloatingPointError, naming the step, for a metric out of the bounds that `config` sets.
 
-    Those are: finite always; `min_reward_std` and `max_kl` where given.
+    Those are: finite always; `min_reward_std` (RewardCollapse) and `max_kl` where given.
     """
     require_finite(metrics, step)
     # Prompts differ in reward even where a policy has but one answer to each.
@@ -90,7 +94,7 @@ def guard(metrics: dict[str, float], step: int, config: PPOConfig) -> None:
     std, kl = metrics["ppo/reward_std_within" if several else "ppo/reward_std"], metrics["ppo/kl"]
     if config.min_reward_std is not None and std < config.min_reward_std:
         whose = "of a prompt's responses" if several else "of the responses"
-        raise FloatingPointError(
+        raise RewardCollapse(
             f"step {step}: the rewards' std {whose}, {std:.4g}, fell below min_reward_std = {config.min_reward_std:g}: "
             "they hardly differ in reward any more; look at the samples, then raise kl_coef or the temperature, or "
             "lower actor.lr"
@@ -110,7 +114,8 @@ def naming_the_batch(scene: Scene, folder: Path, encoder: Encoder) -> Iterator[N
     except FloatingPointError as error:
         path = folder / f"offending-step-{scene.step:08d}.json"
         prompts = _describe(scene, encoder)
-        worst = sorted(range(len(prompts)), key=lambda n: _badness(prompts[n]), reverse=True)[:3]
+        badness = _sameness if isinstance(error, RewardCollapse) else _badness
+        worst = sorted(range(len(prompts)), key=lambda n: badness(prompts[n]), reverse=True)[:3]
         record = {
             "step": scene.step,
             "error": str(error),
@@ -147,6 +152,12 @@ def _badness(prompt: dict[str, Any]) -> tuple[int, float]:
     values = [r.get(name, 0.0) for r in prompt["responses"] for name in ("reward", "kl", "paid")]
     kl = [r["kl"] for r in prompt["responses"] if isinstance(r.get("kl"), float)]
     return sum(isinstance(v, str) for v in values), sum(kl)
+
+
+def _sameness(prompt: dict[str, Any]) -> float:
+    """The smaller the spread of a prompt's rewards, the worse."""
+    rewards = [r["reward"] for r in prompt["responses"]]
+    return min(rewards) - max(rewards)
 
 
 def _written(value: float) -> float | str:

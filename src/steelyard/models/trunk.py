@@ -62,12 +62,12 @@ def run_trunk(
     `first` with `states_TD` starts before layer `first` (0-based) from these states; `last` stops before layer `last`
     and leaves out the final norm.
 
-    Raises InputError if a text is longer than a sliding window or than the model's rotation is the same for all, has
+    Raises InputError if a text is longer than a sliding window or than the model's places and rotation reach, has
     tokens that the model does not know (on a CPU; a GPU would have to wait), or the model cannot be run in parts.
     """
     require_window(trunk, batch)
     _require_known(trunk, batch)
-    require_rotation(trunk, lambda: int(batch.positions_T.max()) + 1)
+    require_positions(trunk, lambda: int(batch.positions_T.max()) + 1)
     if not in_parts(trunk):
         if first or states_TD is not None or last is not None:
             raise InputError(f"{type(trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts")
@@ -142,12 +142,20 @@ def attention_window(trunk: nn.Module) -> int | None:
     return window
 
 
-def require_rotation(trunk: nn.Module, longest: Callable[[], int]) -> None:
-    """Raise InputError if texts of up to `longest()` tokens would be rotated by angles that depend on each other.
+def require_positions(trunk: nn.Module, longest: Callable[[], int]) -> None:
+    """Raise InputError if texts of up to `longest()` tokens have places that the model has not learned, or would be
+    rotated by angles that depend on each other.
 
     `dynamic` and `longrope` turn all texts of a pass by other angles once its longest is longer than what the model was
     first trained on: a text's numbers would then depend on its neighbours.
     """
+    if any(isinstance(getattr(trunk, name, None), nn.Embedding) for name in ("wpe", "embed_positions")):
+        learned: Any = trunk.config
+        if (length := longest()) > (most := int(learned.max_position_embeddings)):
+            raise InputError(
+                f"{type(trunk).__name__}: a text has up to {length} tokens, but the model knows {most} places; keep "
+                f"prompt and response to {most} tokens (max_length, max_new_tokens)"
+            )
     kinds = getattr(getattr(trunk, "rotary_emb", None), "rope_type", "")
     if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else (kinds,)):
         return

@@ -10,7 +10,7 @@ import torch
 
 from steelyard.errors import InputError
 from steelyard.models.policy import PolicyModel
-from steelyard.models.trunk import require_rotation
+from steelyard.models.trunk import require_positions
 from steelyard.sampling.cached import CacheReader
 from steelyard.sampling.loop import Reader, sample_in_groups
 from steelyard.sampling.settings import Sample, SamplingConfig
@@ -70,7 +70,7 @@ def sampler_for(policy: PolicyModel, config: SamplingConfig, *, longest: int, pa
         if policy not in _engines:
             _engines[policy] = VllmSampler(policy, gpu_memory=config.gpu_memory)
         return _engines[policy]
-    require_rotation(policy.hf.base_model, lambda: longest)
+    require_positions(policy.hf.base_model, lambda: longest)
     reason = None if config.sampler == "transformers" else refusal(policy, longest)
     if config.sampler == "shared" and reason is not None:
         raise InputError(f"sampler = shared: {reason}; use auto or transformers")

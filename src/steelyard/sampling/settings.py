@@ -43,6 +43,12 @@ class SamplingConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_idle_memory(self) -> SamplingConfig:
+        if self.sampler != "vllm" and "gpu_memory" in self.given():
+            raise ValueError(f"gpu_memory: no effect with sampler = {self.sampler}; leave it out, or use vllm")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -221,18 +221,14 @@ def ppo_config(
 
     fixed: Settings = {"policy": policy, "prompts": prompts, "gold": gold, "kl_coef": cell.kl_coef}
     fixed["reward_model"] = rewards[0] if len(rewards) == 1 else rewards
-    idle: set[str] = set()
+    idle = ppo_settings.idle(setting("reward"), setting("advantage"))
     if setting("reward") != "plain":
         fixed["baselines"] = baselines
-    else:
-        idle |= ppo_settings.BASELINES
     scaled = setting("scaling") == "std" or (setting("reward") == "contrastive" and setting("scaling") != "none")
     if not scaled:
         idle |= ppo_settings.SCALING - own.keys() - ({"scaling"} if setting("reward") == "contrastive" else set())
     elif cell.kl_coef:
         fixed["scale_kl"] = True
-    if setting("advantage") != "gae":
-        idle |= ppo_settings.CRITIC_ONLY
     shared = {n: v for n, v in study.ppo.items() if n not in idle and n != "kl_coef"}
     return build(PPOConfig, where, {"seed": seed, "device": study.device} | shared | own, **fixed)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from steelyard.actors import Models
 from steelyard.advantages import whiten
-from steelyard.baselines import drawn_otherwise, read_baselines
+from steelyard.baselines import baseline_key, drawn_otherwise, read_baselines
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder
@@ -130,7 +130,7 @@ class Task:
         self.gold = load_scorer(config.gold) if config.gold else None
         self.prompts, self.ids, self.names = _prompts(config, encoder, quiet)
         self.streams = stream_keys(self.prompts)
-        self.baselines_NK = _baselines(config, self.prompts)
+        self.baselines_NK = _baselines(config, self.prompts, encoder)
 
     def stored(self, chosen: Sequence[int]) -> Float[Tensor, "N k"] | None:
         """The baselines of some prompts; None with plain rewards."""
@@ -368,7 +368,7 @@ def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Pro
     return [prompts[i] for i in fits], [ids[i] for i in fits], [rows[i].id for i in fits]
 
 
-def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N k"] | None:
+def _baselines(config: PPOConfig, prompts: Sequence[Prompt], encoder: Encoder) -> Float[Tensor, "N k"] | None:
     if config.reward == "plain" or config.baselines is None:
         return None
     (model,) = config.reward_models
@@ -378,10 +378,10 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt]) -> Float[Tensor, "N
     if differs := drawn_otherwise(config.baselines, config.sampling):
         # Allowed: baselines may be drawn as people will draw. But then the contrast at the start is not 0 on average.
         print(f"warning: {config.baselines}: not drawn as PPO samples: {differs}", file=sys.stderr, flush=True)
-    missing = sum(prompt_key(p) not in stored for p in prompts)
-    if missing:
+    keys = [baseline_key(p, encoder) for p in prompts]
+    if missing := sum(key not in stored for key in keys):
         raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
-    baselines_NK = torch.from_numpy(np.stack([stored[prompt_key(p)] for p in prompts]))
+    baselines_NK = torch.from_numpy(np.stack([stored[key] for key in keys]))
     if config.baseline == "shrunk" and min(baselines_NK.shape) < 2:
         raise InputError(
             f"{config.baselines}: {len(baselines_NK)} prompts with {baselines_NK.shape[1]} baselines each; "
