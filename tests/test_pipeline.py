@@ -362,10 +362,13 @@ def test_missing_files_and_a_missing_truth_are_refused_before_the_first_stage(
 
 def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
     shared = {"k": 2, "scaling": "abs", "scale_warmup": 8, "critic": {"lr": 1e-3}, "steps": 7}
+    shared |= {"baseline": "shrunk", "lsc_reference": "all", "group_std": False}
     arms = {
         "plain": {"reward": "plain"},
         "contrastive": {},
         "par": {"reward": "par"},
+        "lsc": {"reward": "lsc"},
+        "group": {"reward": "plain", "advantage": "group"},
         "rloo": {"reward": "plain", "advantage": "rloo"},
         "scaled": {"reward": "plain", "scaling": "std"},
         "unscaled": {"scaling": "none"},
@@ -376,16 +379,17 @@ def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
     paths: dict[str, Any] = {"model": "m", "prompts": "p", "reward_model": "r", "baselines": "b", "gold": None}
     found = {name: ppo_config(recipe, recipe.policy, name, **paths) for name in arms}
     assert all(config.steps == 7 for config in found.values())
-    assert [name for name, config in found.items() if config.baselines == "b"] == ["contrastive", "par", "unscaled"]
-    assert [name for name, config in found.items() if config.k == 2] == ["contrastive", "par", "unscaled"]
-    assert [name for name, config in found.items() if config.scale_warmup == 8] == ["contrastive", "scaled"]
-    assert [name for name, config in found.items() if config.critic.lr == 1e-3] == [
-        "plain",
-        "contrastive",
-        "par",
-        "scaled",
-        "unscaled",
-    ]
+
+    def reached(name: str, value: Any) -> list[str]:
+        return [arm for arm, config in found.items() if getattr(config, name) == value]
+
+    assert reached("baselines", "b") == reached("k", 2) == ["contrastive", "par", "lsc", "unscaled"]
+    assert reached("baseline", "shrunk") == ["contrastive", "unscaled"]
+    assert reached("lsc_reference", "all") == ["lsc"]
+    assert reached("group_std", False) == ["group"]
+    assert reached("scale_warmup", 8) == ["contrastive", "scaled"]
+    with_critic = [arm for arm, config in found.items() if config.critic.lr == 1e-3]
+    assert with_critic == ["plain", "contrastive", "par", "lsc", "scaled", "unscaled"]
 
 
 def test_dpo_arms_get_the_settings_of_their_repair() -> None:

@@ -263,6 +263,10 @@ class TestGrid:
         cell = Cell("none", 0.0, "none", "contrastive", 0.05)
         named: dict[str, Any] = {"policy": "p", "rewards": ("r",), "prompts": "q", "baselines": "b", "gold": None}
         assert ppo_config(shared, cell, 0, **named).scaling == "none"
+        shared = study(ppo=TINY["ppo"] | {"baseline": "shrunk", "lsc_percentile": 50, "group_std": False})
+        alone = ppo_config(shared, Cell(*NOISY, "plain", 0.05), 0, **named)
+        assert (alone.baseline, alone.lsc_percentile, alone.group_std) == ("mean", 85, True)
+        assert ppo_config(shared, cell, 0, **named).baseline == "shrunk"
         assert not config({"reward": "plain"}, 0.05).scale_kl
         assert config({"reward": "plain"}, 0.3).kl_coef == 0.3
 
