@@ -35,6 +35,11 @@ def seen_by_each(trees: list[Tree]) -> dict[int, set[int]]:
     """Query place -> places it sees, read from the blocks; every token must be a query once."""
     seen: dict[int, set[int]] = {}
     for block in collate(trees, 0).blocks:
+        assert block.attend_nQS[..., : block.open].all()
+        assert block.open == block.attend_nQS.shape[-1] or not block.attend_nQS[..., block.open].all()
+        places, numbers = block.written_m
+        assert places.tolist() == block.queries_nQ[block.real_nQ].tolist()
+        assert (numbers is None) == block.real_nQ.all()
         for queries, keys, real, attend in zip(
             block.queries_nQ.tolist(),
             block.keys_nS.tolist(),

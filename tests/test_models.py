@@ -477,6 +477,21 @@ def test_flex_attention_is_given_the_same_rule_of_who_sees_whom(reads: Any, d: i
     torch.testing.assert_close(flex, ours, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_batch_keeps_for_one_model_is_not_taken_for_anothers() -> None:
+    """Policy, critic and reward model read one batch: other heads and other precisions, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    shared = collate(TREES, tiny.PAD)
+    for heads, groups, dtype in ((4, 2, torch.float32), (6, 3, torch.float32), (4, 4, torch.bfloat16)):
+        found = []
+        drawn = [torch.randn(shared.tokens, n, 8, generator=generator).to(dtype) for n in (heads, groups, groups)]
+        for batch in (shared, collate(TREES, tiny.PAD)):
+            inputs = [x.clone().requires_grad_() for x in drawn]
+            out = attention.tree_attention(*inputs, batch, 0.3)
+            found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_what_a_token_does_not_see_may_be_of_any_size() -> None:
     """Scores of hidden keys so large that their exponentials are infinite: outputs and gradients stay exact."""
     batch = collate(TREES, tiny.PAD)

@@ -7,9 +7,10 @@ own response only, so each response gets exactly the numbers it would get in a s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,18 +29,40 @@ _PIECE = 128
 _ENTRIES = 65536
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionBlock:
     """n segments (a piece of a prompt or of a response) whose attention is computed together.
 
     `queries_nQ` and `keys_nS` are places in the flat row; padded places repeat a real one and are False in
     `real_nQ`, and hidden from every real query by `attend_nQS`. No row of `attend_nQS` is empty.
+
+    What all layers need of it, forward and backward, is derived once and kept: hence no slots.
     """
 
     queries_nQ: Int[Tensor, "n Q"]
     keys_nS: Int[Tensor, "n S"]
     real_nQ: Bool[Tensor, "n Q"]
     attend_nQS: Bool[Tensor, "n Q S"]
+
+    @functools.cached_property
+    def kept(self) -> dict[tuple[str, object], Any]:
+        """What was derived from this block, by name and by what it depends on."""
+        return {}
+
+    @functools.cached_property
+    def written_m(self) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"] | None]:
+        """(places of the real queries, their numbers among the n Q; None: all are real)."""
+        real = self.real_nQ.flatten()
+        if bool(real.all()):
+            return self.queries_nQ.flatten(), None
+        numbers = real.nonzero().squeeze(-1)
+        return self.queries_nQ.flatten()[numbers], numbers
+
+    @functools.cached_property
+    def open(self) -> int:
+        """The first keys, so many, are seen by every query."""
+        hidden = ~self.attend_nQS.flatten(0, 1).all(0)
+        return int(hidden.float().argmax()) if bool(hidden.any()) else len(hidden)
 
 
 @dataclass(frozen=True, slots=True)

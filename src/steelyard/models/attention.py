@@ -9,6 +9,7 @@ whom goes to FlexAttention.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,11 +54,11 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = []
         for block in blocks:
-            q, k, v = _at(query, block.queries_nQ), _at(key, block.keys_nS), _at(value, block.keys_nS)
+            q, k, v = _queries(query, block), _keys(key, block), _keys(value, block)
             o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
             )
-            _put(out, block, o.transpose(1, 2))
+            _put(out, block, o.transpose(1, 2).reshape(-1, *out.shape[1:]))
             lse.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *lse)
         ctx.blocks, ctx.scale = blocks, scale
@@ -96,27 +97,38 @@ def _block_backward(
     def column(x_nHQ: Tensor) -> Tensor:
         return x_nHQ.reshape(n * G, -1, 1)
 
-    q, grad = (_at(x, block.queries_nQ).view(n * G, -1, d) for x in (query, g))
-    k, v = (_at(x, block.keys_nS).view(n * G, S, d) for x in (key, value))
+    q, grad = (_queries(x, block).view(n * G, -1, d) for x in (query, g))
+    k, v = (_keys(x, block).view(n * G, S, d) for x in (key, value))
     # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
     # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
     # into the row's gradient. Padded queries have none, so nothing flows from them.
-    lse = column(lse_nHQ)
+    lse, delta = column(lse_nHQ), column(_queries(delta_TH[..., None], block))
     rounded = lse.to(query.dtype)
-    lost = torch.exp(rounded.float() - lse) * column(block.real_nQ[:, None].expand(n, H, Q))
-    delta = (column(_at(delta_TH[..., None], block.queries_nQ)) * lost).to(query.dtype)
-    grad = (grad * lost).to(query.dtype)
+    exact = rounded.dtype == lse.dtype
+    if not exact or block.written_m[1] is not None:
+        lost = column(block.real_nQ[:, None].expand(n, H, Q)).to(lse.dtype)
+        lost = lost if exact else lost * torch.exp(rounded.float() - lse)
+        delta, grad = delta * lost, (grad * lost).to(query.dtype)
+    delta = delta.to(query.dtype)
     # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and than the
     # exponential of very small numbers.
     p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_().clamp_max_(torch.finfo(query.dtype).max)
-    p.view(n, H, Q, S).mul_(block.attend_nQS.to(p.dtype)[:, None])
+    p.view(n, H, Q, S)[..., block.open :].mul_(_seen(block, p.dtype)[:, None])
     ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
-    dq.view(-1, d).index_add_(0, _rows(block.queries_nQ, H), torch.bmm(ds, k).mul_(scale).view(-1, d))
-    of_keys = _rows(block.keys_nS, G)
+    dq.view(-1, d).index_add_(0, _query_rows(block, H), torch.bmm(ds, k).mul_(scale).view(-1, d))
+    of_keys = _key_rows(block, G)
     q.mul_(scale)  # a copy of its own, for dk
     for target, left, right in ((dk, ds, q), (dv, p, grad)):
         target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
+
+
+def _once(block: AttentionBlock, name: str, of: object, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, made for the first layer and kept for all others."""
+    if (name, of) not in block.kept:
+        block.kept[name, of] = make()
+    found: Tensor = block.kept[name, of]
+    return found
 
 
 def _rows(places_nL: Tensor, heads: int) -> Tensor:
@@ -124,19 +136,40 @@ def _rows(places_nL: Tensor, heads: int) -> Tensor:
     return (places_nL[:, None] * heads + torch.arange(heads)[:, None]).flatten()
 
 
-def _at(x_THd: Tensor, places_nL: Tensor) -> Tensor:
-    """(n, H, L, d): what stands at these places, heads first."""
-    (n, L), (_, H, d) = places_nL.shape, x_THd.shape
-    return x_THd.reshape(-1, d).index_select(0, _rows(places_nL, H)).view(n, H, L, d)
+def _query_rows(block: AttentionBlock, heads: int) -> Tensor:
+    return _once(block, "queries", heads, lambda: _rows(block.queries_nQ, heads))
 
 
-def _put(out_THd: Tensor, block: AttentionBlock, x_nQHd: Tensor) -> None:
+def _key_rows(block: AttentionBlock, heads: int) -> Tensor:
+    return _once(block, "keys", heads, lambda: _rows(block.keys_nS, heads))
+
+
+def _queries(x_THd: Tensor, block: AttentionBlock) -> Tensor:
+    """(n, H, Q, d): what stands at the places of the queries, heads first."""
+    (n, Q), (_, H, d) = block.queries_nQ.shape, x_THd.shape
+    return x_THd.reshape(-1, d).index_select(0, _query_rows(block, H)).view(n, H, Q, d)
+
+
+def _keys(x_TGd: Tensor, block: AttentionBlock) -> Tensor:
+    """(n, G, S, d): what stands at the places of the keys, heads first."""
+    (n, S), (_, G, d) = block.keys_nS.shape, x_TGd.shape
+    return x_TGd.reshape(-1, d).index_select(0, _key_rows(block, G)).view(n, G, S, d)
+
+
+def _put(out_THd: Tensor, block: AttentionBlock, x_mHd: Tensor) -> None:
     """Write the real queries' rows to their places."""
-    out_THd[block.queries_nQ[block.real_nQ]] = x_nQHd[block.real_nQ]
+    places, numbers = block.written_m
+    out_THd.index_copy_(0, places, x_mHd if numbers is None else x_mHd.index_select(0, numbers))
 
 
 def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
-    return block.attend_nQS.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None]
+    """(n, 1, Q, S): 0 where a query sees a key, elsewhere the least number."""
+    return _once(block, "bias", dtype, lambda: block.attend_nQS.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None])
+
+
+def _seen(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
+    """(n, Q, S - open): 1 where a query sees a key, 0 elsewhere, of the keys that not every query sees."""
+    return _once(block, "seen", dtype, lambda: block.attend_nQS[..., block.open :].to(dtype))
 
 
 def _flex(
