@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,15 @@ class TestRefusals:
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="must be a folder"):
             StudyFolder(tmp_path / "file", ContrastiveStudy(**TINY), resume=False, command="")
+
+    def test_a_folder_in_which_another_process_works(self, tmp_path: Path) -> None:
+        study = ContrastiveStudy(**TINY)
+        with (
+            StudyFolder(tmp_path, study, resume=False, command=""),
+            pytest.raises(InputError, match=f"one process at a time, but process {os.getpid()} has it open"),
+        ):
+            run_contrastive(study, tmp_path, resume=True)
+        StudyFolder(tmp_path, study, resume=True, command="").__exit__()  # It was given back.
 
 
 def test_the_study_files_of_the_repository_are_valid() -> None:

@@ -20,7 +20,7 @@ from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import read_folder
 from steelyard.recipe import Recipe, arm_reward, arms_by, check, dpo_config, evaluation_length, ppo_config
-from steelyard.run_dir import RunDir
+from steelyard.run_dir import RunDir, acquire
 from steelyard.stages import GOLD
 
 OPTIM = {"lr": 3e-3}
@@ -193,6 +193,10 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         refused = capsys.readouterr().err
         assert "holds a run of another recipe" in refused
         assert "differs in seed" in refused
+        lock = acquire(run)
+        assert start(whole[0], patch, "--resume") == 2
+        assert "one process at a time" in capsys.readouterr().err
+        os.close(lock)
     assert results(run) == before
 
 

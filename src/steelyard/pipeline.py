@@ -7,6 +7,7 @@ and DPO -> evaluation -> judges -> report. Every stage leaves a folder and is sk
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,13 +19,24 @@ import yaml
 from steelyard import stages
 from steelyard.errors import InputError
 from steelyard.recipe import Recipe, arms_by, check, judge_config
-from steelyard.run_dir import write_json_atomic, write_text_atomic
+from steelyard.run_dir import acquire, write_json_atomic, write_text_atomic
 from steelyard.summary import describe_run, tables
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Run every stage into `out` and write the report; returns the summary (also in summary.json)."""
+    """Run every stage into `out`; returns the summary (also in summary.json).
+
+    Raises InputError for a recipe that cannot be run, or a folder that is in use or holds another run.
+    """
     check(recipe)
+    lock = acquire(out)
+    try:
+        return _run_stages(recipe, out, resume, command)
+    finally:
+        os.close(lock)
+
+
+def _run_stages(recipe: Recipe, out: Path, resume: bool, command: str) -> dict[str, Any]:
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     stored = out / "recipe.yaml"
     if stored.exists() and not resume:
@@ -33,9 +45,6 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
         raise InputError(
             f"{out}: holds a run of another recipe ({stored}); it differs in {', '.join(other)}; give another folder"
         )
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a folder, but it is a file: give another path")
-    out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stored, text)
     run = _Run(recipe, out)
     began = time.time()

@@ -130,10 +130,7 @@ class RunDir:
         path = Path(path)
         if keep < 1:
             raise InputError(f"keep must be at least 1, got {keep}: a run without checkpoints cannot be resumed")
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} must be a folder for the run, but it is a file: give another path")
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(path)
+        lock = acquire(path)
         try:
             begun = _check_folder(path, config, resume)
             if begun:
@@ -319,8 +316,14 @@ def _numbers(step: int, values: Mapping[str, float]) -> dict[str, Any]:
     return checked
 
 
-def _acquire(path: Path) -> int:
-    """Lock the folder for this process; the system frees the lock however the process ends."""
+def acquire(path: Path) -> int:
+    """Lock a folder, made if need be, for this process; `os.close` frees it, and so does any end of the process.
+
+    Raises InputError if `path` is a file, or another process has the folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} must be a folder for the run, but it is a file: give another path")
+    path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -77,16 +77,16 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
     require_arms(study.arms, study.control, study.seeds)
     for arm in study.arms:
         reward_config(study, arm, study.seeds[0], data="", model="", validation={})
-    folder = StudyFolder(out, study, resume=resume, command=command, growing=("arms",))
-    files = folder.stage("data", lambda: _prepare(study, recipe, out))
-    model = folder.stage("SFT", lambda: sft(recipe, files, out))
-    folder.stage("reward models", lambda: _reward_models(study, files, model, out))
-    found = folder.stage("comparison", lambda: _compare(study, files, out))
-    tables = [
-        difference_table("Contrastive learning: accuracy on held-out pairs", found["accuracy"], study.control),
-        difference_table("Overlap of chosen and rejected features", found["overlap"], study.control),
-    ]
-    folder.finish(study.name, study.world_seed, found, tables)
+    with StudyFolder(out, study, resume=resume, command=command, growing=("arms",)) as folder:
+        files = folder.stage("data", lambda: _prepare(study, recipe, out))
+        model = folder.stage("SFT", lambda: sft(recipe, files, out))
+        folder.stage("reward models", lambda: _reward_models(study, files, model, out))
+        found = folder.stage("comparison", lambda: _compare(study, files, out))
+        tables = [
+            difference_table("Contrastive learning: accuracy on held-out pairs", found["accuracy"], study.control),
+            difference_table("Overlap of chosen and rejected features", found["overlap"], study.control),
+        ]
+        folder.finish(study.name, study.world_seed, found, tables)
     return found
 
 

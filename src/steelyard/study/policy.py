@@ -67,18 +67,18 @@ def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, com
     """
     check(study)
     free = (*FREE, "cells", "at_kl", "recommended", "against")
-    folder = StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs"))
-    files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
-    grid = study.grid()
-    folder.stage("labels", lambda: label(study, grid, files, out))
-    folder.stage("SFT", lambda: _start(study, files, out))
-    folder.stage("strength and repair", lambda: repair_all(study, grid, out))
-    exam = look_at(study, files, out)
-    folder.stage("reward models", lambda: _rewards(study, grid, files, exam, out))
-    scored = folder.stage("baselines", lambda: _baselines(study, grid, files, out))
-    folder.stage("policies", lambda: _policies(study, grid, files, scored, exam, out))
-    found = folder.stage("tables", lambda: examine_study(study, out))
-    folder.finish(study.name, study.world_seed, found, summary_tables(found))
+    with StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs")) as folder:
+        files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
+        grid = study.grid()
+        folder.stage("labels", lambda: label(study, grid, files, out))
+        folder.stage("SFT", lambda: _start(study, files, out))
+        folder.stage("strength and repair", lambda: repair_all(study, grid, out))
+        exam = look_at(study, files, out)
+        folder.stage("reward models", lambda: _rewards(study, grid, files, exam, out))
+        scored = folder.stage("baselines", lambda: _baselines(study, grid, files, out))
+        folder.stage("policies", lambda: _policies(study, grid, files, scored, exam, out))
+        found = folder.stage("tables", lambda: examine_study(study, out))
+        folder.finish(study.name, study.world_seed, found, summary_tables(found))
     return found
 
 
