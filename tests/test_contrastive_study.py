@@ -157,11 +157,16 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             run_contrastive(study, tmp_path / "out")
         kept = (tmp_path / "out" / "examined" / "plain" / "seed-3.json").stat().st_mtime_ns
+        times = json.loads((tmp_path / "out" / "stages.json").read_text())
         with pytest.raises(InputError, match="--resume"):
             run_contrastive(study, tmp_path / "out")
         again = run_contrastive(study, tmp_path / "out", resume=True)
         assert (tmp_path / "out" / "examined" / "plain" / "seed-3.json").stat().st_mtime_ns == kept
         assert again == found
+        assert times[-1]["name"] == "reward models"
+        rest = json.loads((tmp_path / "out" / "stages.json").read_text())[len(times) - 1]
+        assert rest["seconds"] > times[-1]["seconds"] > 0
+        assert rest["note"] == ""
 
     def test_gets_another_seed_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"plain": {}, "control": ARMS["control"]}, "seeds": [3]})
@@ -186,6 +191,13 @@ class TestResume:
     def test_refuses_other_settings(self, done: Path) -> None:
         with pytest.raises(InputError, match="other settings of world_seed"):
             run_contrastive(ContrastiveStudy(**TINY | {"world_seed": 9}), done, resume=True)
+
+    def test_a_default_that_is_written_out_is_no_other_setting(self, done: Path) -> None:
+        stored = yaml.safe_load((done / "study.yaml").read_text())
+        for spelled in ({"world_seed": 0}, {"features": {"drawn": 8, "folds": 5}}):
+            StudyFolder(done, ContrastiveStudy(**stored | spelled), resume=True, command="").__exit__()
+        with pytest.raises(InputError, match="other settings of features "):
+            StudyFolder(done, ContrastiveStudy(**stored | {"features": {"folds": 4}}), resume=True, command="")
 
 
 class TestRefusals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from steelyard.evaluate.answers import read_folder
 from steelyard.recipe import Recipe, arm_reward, arms_by, check, dpo_config, evaluation_length, ppo_config
 from steelyard.run_dir import RunDir, acquire
 from steelyard.stages import GOLD
+from steelyard.summary import Stages
 
 OPTIM = {"lr": 3e-3}
 TINY: dict[str, Any] = {
@@ -179,8 +181,8 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         assert start(whole[0], patch, "--resume") == 0
         # The stored recipe does as well as the one given.
         assert main(["run", "run/recipe.yaml", "--out", "run", "--resume"]) == 0
-        # Another number of workers decides no result.
-        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume", "--set", "workers=1"]) == 0
+        # Another number of workers decides no result; a default that is written out is no other setting.
+        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume", "--set", "workers=1", "seed=0"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tables"] == tables
     assert [s["name"] for s in summary["stages"]] == STAGES
@@ -270,6 +272,25 @@ def test_a_recipe_on_the_users_files(
     turned = [json.loads(line)["id"] for line in (out / "repair/oracle.changes.jsonl").read_text().splitlines()]
     assert turned == [r["id"] for r in first if r["judge"] == -1]
     assert not (out / "ppo").exists()
+
+
+def test_stages_add_up_their_seconds_and_say_where_some_are_lost(tmp_path: Path) -> None:
+    settings, times = tmp_path / "recipe.yaml", tmp_path / "stages.json"
+
+    def interrupted() -> None:
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    Stages(settings).stage("data", lambda: None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Stages(settings).stage("SFT", interrupted)
+    _, row = json.loads(times.read_text())
+    assert row["seconds"] >= 0.04
+    assert row["note"] == ""
+    times.write_text(Stages(settings).stage("SFT", times.read_text))  # what `kill -9` leaves
+    Stages(settings).stage("SFT", lambda: None)
+    assert [r["note"].startswith("killed") for r in json.loads(times.read_text())] == [False, True]
 
 
 def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(

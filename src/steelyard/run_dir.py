@@ -356,7 +356,7 @@ def _check_folder(path: Path, config: BaseModel, resume: bool) -> bool:
         raise InputError(f"{path} already holds a run: continue it with --resume, or use another folder")
     # Through JSON and back, so that both sides have been written and read the same way.
     given = dict(_leaves(json.loads(json.dumps(config.model_dump(mode="json")))))
-    before = dict(_leaves(_with_newer_fields(_read_json(stored), type(config))))
+    before = dict(_leaves(completed(_read_json(stored), type(config))))
     lines = [
         f"  {name}: stored {before.get(name, '(absent)')}, given {given.get(name, '(absent)')}"
         for name in sorted(before.keys() | given.keys())
@@ -406,8 +406,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _with_newer_fields(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """Settings of an older version with the fields it had not, at their defaults: what it did without them.
+def completed(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Stored settings with the fields that they lack at their defaults: nobody named them, or they are newer.
 
     As they are where they no longer validate; the comparison then says why.
     """
