@@ -176,6 +176,11 @@ class TestResume:
         assert again["seeds"] == [3, 9]
         assert {p: p.stat().st_mtime_ns for p in before} == before
         assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 4
+        pictures = [json.loads((tmp_path / "examine" / "features.json").read_text())["models"]]
+        for seeds in ((9, 3), (9,)):  # Of the first seed, also where it was not the first one at its examination.
+            run_contrastive(study.model_copy(update={"seeds": seeds}), tmp_path, resume=True)
+            pictures.append(json.loads((tmp_path / "examine" / "features.json").read_text())["models"])
+        assert pictures[0] != pictures[1] == pictures[2]
 
     def test_gets_another_arm_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"control": ARMS["control"]}, "seeds": [3]})
@@ -213,12 +218,21 @@ class TestRefusals:
             ({"reward": {"batch": 1}}, "batch: no such setting"),
             ({"world": None, "data": {"preferences": "x"}}, "data.validation"),
             ({"features_set": "none"}, "features_set must be one of"),
+            ({"world": TINY["world"] | {"validation": 3}}, "needs at least 4 usable pairs"),
         ],
     )
     def test_names_the_field(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             run_contrastive(ContrastiveStudy(**TINY | changes), tmp_path / "out")
         assert not (tmp_path / "out" / "study.yaml").exists()
+        assert not (tmp_path / "out" / "sft").exists()
+
+    def test_a_mended_world_takes_the_place_of_the_one_refused(self, tmp_path: Path) -> None:
+        arms: dict[str, Any] = {"arms": {"control": {}}, "seeds": [3]}
+        with pytest.raises(InputError, match="needs at least 4 usable pairs"):
+            run_contrastive(ContrastiveStudy(**TINY | arms | {"world": TINY["world"] | {"validation": 3}}), tmp_path)
+        found = run_contrastive(ContrastiveStudy(**TINY | arms), tmp_path)
+        assert found["accuracy"][0]["n"] == 16
 
     def test_single_settings_are_changed_on_the_command_line(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

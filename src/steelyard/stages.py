@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,9 @@ from steelyard.recipe import (
     strength_config,
     world_config,
 )
-from steelyard.run_dir import write_json_atomic, write_text_atomic
+from steelyard.run_dir import completed, write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
-from steelyard.simulate.write import FILES, write_world
+from steelyard.simulate.write import FILES, WorldConfig, write_world
 from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
@@ -69,9 +70,12 @@ class Files(Config):
 def prepare(recipe: Recipe, out: Path) -> Files:
     """The files of the stages: the small world written out, or clean copies of the user's pairs."""
     if recipe.world is not None:
-        folder = out / "data"
+        folder, world = out / "data", world_config(recipe)
+        kept = folder / FILES["world"]
+        if kept.exists() and completed(json.loads(kept.read_text()), WorldConfig) != world.model_dump(mode="json"):
+            shutil.rmtree(folder)  # of a run that was refused for what its world held, and has been mended
         if not folder.exists():
-            write_world(world_config(recipe), folder)
+            write_world(world, folder)
         path = {name: str(folder / file) for name, file in FILES.items()}
         truth, noise = _read_truth(Path(path["truth"]))
         validation_truth, _ = _read_truth(Path(path["validation_truth"]))
@@ -115,6 +119,11 @@ def prepare(recipe: Recipe, out: Path) -> Files:
         noise={},
         gold=None,
     )
+
+
+def start_tokenizer(recipe: Recipe, files: Files) -> str:
+    """The folder with the tokenizer of all stages' models, before any of them is there."""
+    return files.tokenizer if recipe.model == "scratch" and files.tokenizer is not None else recipe.model
 
 
 def _read_truth(path: Path) -> tuple[dict[str, int], dict[str, str]]:
