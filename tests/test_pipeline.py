@@ -304,6 +304,15 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
+def test_answers_without_room_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, monkeypatch, "--set", "policy.evaluate.sampling.max_new_tokens=160") == 2
+    said = capsys.readouterr().err
+    assert "policy.evaluate: run/data/eval_prompts.jsonl: 0 of 4 different prompts leave room for 160 new" in said
+    assert not (tmp_path / "run" / "sft").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

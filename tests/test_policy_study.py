@@ -305,6 +305,11 @@ class TestGrid:
             run_policy_study(study(cells=cells, recommended=None), tmp_path / "out")
         assert not (tmp_path / "out" / "seeds" / "0" / "sft").exists()
 
+    def test_answers_without_room_are_refused_before_anything_is_trained(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"^evaluate: .*leave room for 160 new tokens within max_length = 160"):
+            run_policy_study(study(evaluate={"k": 2, "sampling": {"max_new_tokens": 160}}), tmp_path / "out")
+        assert not (tmp_path / "out" / "seeds").exists()
+
 
 def test_a_reward_model_may_be_trained_otherwise(tmp_path: Path, one_thread: None) -> None:
     cells = [{"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE"], "arm": "plain"}]
