@@ -192,6 +192,8 @@ class TestResume:
         assert {p: p.stat().st_mtime_ns for p in before} == before
         assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 2
         assert {row["arm"] for row in again["accuracy"]} == {"control", "plain"}
+        note = json.loads((tmp_path / "summary.json").read_text())["tables"][0]["note"]
+        assert note.startswith("95 % intervals over pairs alone (there is one seed;")
 
     def test_refuses_other_settings(self, done: Path) -> None:
         with pytest.raises(InputError, match="other settings of world_seed"):

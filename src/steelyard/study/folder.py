@@ -14,6 +14,7 @@ import yaml
 
 from steelyard.config import Config
 from steelyard.errors import InputError
+from steelyard.report.blocks import over
 from steelyard.run_dir import acquire, completed, write_json_atomic, write_text_atomic
 from steelyard.summary import Stages, describe_run
 
@@ -139,8 +140,8 @@ def difference_table(title: str, rows: Sequence[Mapping[str, Any]], control: str
         "rows": [
             [r["set"], r["measure"], r["arm"], _interval(r), _interval(r.get("difference")), _above(r)] for r in rows
         ],
-        "note": f"95 % intervals over seeds and {units} (two-level paired bootstrap).{few} An interval that holds "
-        "0 shows no difference.",
+        "note": f"95 % intervals over {over(len(rows[0]['seeds']), units)}; paired bootstrap.{few} An interval that "
+        "holds 0 shows no difference.",
     }
 
 
