@@ -370,7 +370,7 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("demo --out new --set name", ["section.field=value, got 'name'"]),
         ("demo --out new --set strength.members=3", ["strength: members must be a multiple of folds"]),
         ("demo --out new --set policy.ppo.steps=many", ["policy.ppo.steps: must be a whole number, got 'many'"]),
-        ("demo --out demos.jsonl", ["demos.jsonl: must be a folder"]),
+        ("demo --out demos.jsonl", ["demos.jsonl must be a folder"]),
         ("simulate --out bare --sft 0", ["--sft: must be at least 1, got 0"]),
         ("simulate --data held.jsonl --out r.jsonl --scorer none:f", ["`module:function`, got 'none:f'"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,16 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             run_contrastive(study, tmp_path / "out")
         kept = (tmp_path / "out" / "examined" / "plain" / "seed-3.json").stat().st_mtime_ns
+        times = json.loads((tmp_path / "out" / "stages.json").read_text())
         with pytest.raises(InputError, match="--resume"):
             run_contrastive(study, tmp_path / "out")
         again = run_contrastive(study, tmp_path / "out", resume=True)
         assert (tmp_path / "out" / "examined" / "plain" / "seed-3.json").stat().st_mtime_ns == kept
         assert again == found
+        assert times[-1]["name"] == "reward models"
+        rest = json.loads((tmp_path / "out" / "stages.json").read_text())[len(times) - 1]
+        assert rest["seconds"] > times[-1]["seconds"] > 0
+        assert rest["note"] == ""
 
     def test_gets_another_seed_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"plain": {}, "control": ARMS["control"]}, "seeds": [3]})
@@ -170,6 +176,11 @@ class TestResume:
         assert again["seeds"] == [3, 9]
         assert {p: p.stat().st_mtime_ns for p in before} == before
         assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 4
+        pictures = [json.loads((tmp_path / "examine" / "features.json").read_text())["models"]]
+        for seeds in ((9, 3), (9,)):  # Of the first seed, also where it was not the first one at its examination.
+            run_contrastive(study.model_copy(update={"seeds": seeds}), tmp_path, resume=True)
+            pictures.append(json.loads((tmp_path / "examine" / "features.json").read_text())["models"])
+        assert pictures[0] != pictures[1] == pictures[2]
 
     def test_gets_another_arm_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"control": ARMS["control"]}, "seeds": [3]})
@@ -181,10 +192,19 @@ class TestResume:
         assert {p: p.stat().st_mtime_ns for p in before} == before
         assert len(list(tmp_path.glob("examined/*/*.json"))) == 2 * len(before) == 2
         assert {row["arm"] for row in again["accuracy"]} == {"control", "plain"}
+        note = json.loads((tmp_path / "summary.json").read_text())["tables"][0]["note"]
+        assert note.startswith("95 % intervals over pairs alone (there is one seed;")
 
     def test_refuses_other_settings(self, done: Path) -> None:
         with pytest.raises(InputError, match="other settings of world_seed"):
             run_contrastive(ContrastiveStudy(**TINY | {"world_seed": 9}), done, resume=True)
+
+    def test_a_default_that_is_written_out_is_no_other_setting(self, done: Path) -> None:
+        stored = yaml.safe_load((done / "study.yaml").read_text())
+        for spelled in ({"world_seed": 0}, {"features": {"drawn": 8, "folds": 5}}):
+            StudyFolder(done, ContrastiveStudy(**stored | spelled), resume=True, command="").__exit__()
+        with pytest.raises(InputError, match="other settings of features "):
+            StudyFolder(done, ContrastiveStudy(**stored | {"features": {"folds": 4}}), resume=True, command="")
 
 
 class TestRefusals:
@@ -200,12 +220,21 @@ class TestRefusals:
             ({"reward": {"batch": 1}}, "batch: no such setting"),
             ({"world": None, "data": {"preferences": "x"}}, "data.validation"),
             ({"features_set": "none"}, "features_set must be one of"),
+            ({"world": TINY["world"] | {"validation": 3}}, "needs at least 4 usable pairs"),
         ],
     )
     def test_names_the_field(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             run_contrastive(ContrastiveStudy(**TINY | changes), tmp_path / "out")
         assert not (tmp_path / "out" / "study.yaml").exists()
+        assert not (tmp_path / "out" / "sft").exists()
+
+    def test_a_mended_world_takes_the_place_of_the_one_refused(self, tmp_path: Path) -> None:
+        arms: dict[str, Any] = {"arms": {"control": {}}, "seeds": [3]}
+        with pytest.raises(InputError, match="needs at least 4 usable pairs"):
+            run_contrastive(ContrastiveStudy(**TINY | arms | {"world": TINY["world"] | {"validation": 3}}), tmp_path)
+        found = run_contrastive(ContrastiveStudy(**TINY | arms), tmp_path)
+        assert found["accuracy"][0]["n"] == 16
 
     def test_single_settings_are_changed_on_the_command_line(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -224,6 +253,15 @@ class TestRefusals:
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="must be a folder"):
             StudyFolder(tmp_path / "file", ContrastiveStudy(**TINY), resume=False, command="")
+
+    def test_a_folder_in_which_another_process_works(self, tmp_path: Path) -> None:
+        study = ContrastiveStudy(**TINY)
+        with (
+            StudyFolder(tmp_path, study, resume=False, command=""),
+            pytest.raises(InputError, match=f"one process at a time, but process {os.getpid()} has it open"),
+        ):
+            run_contrastive(study, tmp_path, resume=True)
+        StudyFolder(tmp_path, study, resume=True, command="").__exit__()  # It was given back.
 
 
 def test_the_study_files_of_the_repository_are_valid() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import read_folder
 from steelyard.recipe import Recipe, arm_reward, arms_by, check, dpo_config, evaluation_length, ppo_config
-from steelyard.run_dir import RunDir
+from steelyard.run_dir import RunDir, acquire
 from steelyard.stages import GOLD
+from steelyard.summary import Stages
 
 OPTIM = {"lr": 3e-3}
 TINY: dict[str, Any] = {
@@ -179,8 +181,8 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         assert start(whole[0], patch, "--resume") == 0
         # The stored recipe does as well as the one given.
         assert main(["run", "run/recipe.yaml", "--out", "run", "--resume"]) == 0
-        # Another number of workers decides no result.
-        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume", "--set", "workers=1"]) == 0
+        # Another number of workers decides no result; a default that is written out is no other setting.
+        assert main(["run", "run/recipe.yaml", "--out", "run", "--resume", "--set", "workers=1", "seed=0"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tables"] == tables
     assert [s["name"] for s in summary["stages"]] == STAGES
@@ -193,6 +195,10 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
         refused = capsys.readouterr().err
         assert "holds a run of another recipe" in refused
         assert "differs in seed" in refused
+        lock = acquire(run)
+        assert start(whole[0], patch, "--resume") == 2
+        assert "one process at a time" in capsys.readouterr().err
+        os.close(lock)
     assert results(run) == before
 
 
@@ -268,6 +274,25 @@ def test_a_recipe_on_the_users_files(
     assert not (out / "ppo").exists()
 
 
+def test_stages_add_up_their_seconds_and_say_where_some_are_lost(tmp_path: Path) -> None:
+    settings, times = tmp_path / "recipe.yaml", tmp_path / "stages.json"
+
+    def interrupted() -> None:
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    Stages(settings).stage("data", lambda: None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Stages(settings).stage("SFT", interrupted)
+    _, row = json.loads(times.read_text())
+    assert row["seconds"] >= 0.04
+    assert row["note"] == ""
+    times.write_text(Stages(settings).stage("SFT", times.read_text))  # what `kill -9` leaves
+    Stages(settings).stage("SFT", lambda: None)
+    assert [r["note"].startswith("killed") for r in json.loads(times.read_text())] == [False, True]
+
+
 def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
     files: dict[str, str], language_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +302,15 @@ def test_a_recipe_refused_for_its_data_may_be_mended_in_the_same_folder(
     assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "train.jsonl:1: column 'jugde' must be 1, 0 or -1" in capsys.readouterr().err
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_answers_without_room_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, monkeypatch, "--set", "policy.evaluate.sampling.max_new_tokens=160") == 2
+    said = capsys.readouterr().err
+    assert "policy.evaluate: run/data/eval_prompts.jsonl: 0 of 4 different prompts leave room for 160 new" in said
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 @pytest.mark.parametrize(

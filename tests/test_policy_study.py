@@ -16,6 +16,10 @@ from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences, load_prompts
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import answer
+from steelyard.report.blocks import Figure, Table
+from steelyard.report.policy_study_records import PolicyStudyFile
+from steelyard.report.policy_study_sections import policy_study_section
+from steelyard.report.read import Run
 from steelyard.simulate.world import gold
 from steelyard.study.policy import run_policy_study
 from steelyard.study.policy_config import Cell, PolicyStudy, check, control_of, evaluation_config, ppo_config
@@ -309,6 +313,11 @@ class TestGrid:
             run_policy_study(study(cells=cells, recommended=None), tmp_path / "out")
         assert not (tmp_path / "out" / "seeds" / "0" / "sft").exists()
 
+    def test_answers_without_room_are_refused_before_anything_is_trained(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"^evaluate: .*leave room for 160 new tokens within max_length = 160"):
+            run_policy_study(study(evaluate={"k": 2, "sampling": {"max_new_tokens": 160}}), tmp_path / "out")
+        assert not (tmp_path / "out" / "seeds").exists()
+
 
 def test_a_reward_model_may_be_trained_otherwise(tmp_path: Path, one_thread: None) -> None:
     cells = [{"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE"], "arm": "plain"}]
@@ -423,6 +432,31 @@ class TestStudy:
                      "Runs that were stopped", "What label noise does", "By difficulty of the prompt"):  # fmt: skip
             assert text in page
         assert page.count('class="plot"') >= 12
+        assert "24 answers, judge: gold" in page  # of 2 seeds to 6 prompts, 2 each
+        tables = json.loads((done / "summary.json").read_text())["tables"]
+        place = tables[1]["columns"].index("less")
+        assert {r[place] for r in tables[1]["rows"] if r[place - 1] == "recommended"} == {"plain, KL weight 0.05"}
+
+
+class TestReport:
+    def test_two_controls_of_one_repair_are_told_apart(self) -> None:
+        cell = {"world": "systematic 20 %", "repair": "flip+margin, twice", "arm": "contrastive", "kl_coef": 0.2}
+        value = {"kind": "repair", "at": "greatest KL that both reached", "n_seeds": 1, "value": 0.1, "low": 0.0,
+                 "high": 0.2, "seeds": [0.1]}  # fmt: skip
+        rows = [cell | value | {"against": cell | {"repair": repair}} for repair in ("none", "random flip")]
+        file = {"kind": "policy", "seeds": [0], "control": "plain", "kl_coef": 0.05, "differences": rows}
+        section = policy_study_section(Run("run", policy_study=PolicyStudyFile.model_validate(file)))
+        assert section is not None
+        (compared,) = (b for b in section.blocks if isinstance(b, Table) and b.title.startswith("Repaired labels"))
+        column = list(compared.columns).index("less")
+        assert [row[column] for row in compared.rows] == [
+            "contrastive, KL weight 0.2", "contrastive on random flip, KL weight 0.2"
+        ]  # fmt: skip
+        (figure,) = (b for b in section.blocks if isinstance(b, Figure))
+        drawn = figure.panels[0].svg
+        assert drawn.count("twice, KL 0.2") == 2  # beyond the fortieth letter
+        assert drawn.count("/ random flip") == 1
+        assert "intervals over prompts alone (there is one seed;" in section.intro
 
 
 class TestResume:

@@ -47,7 +47,7 @@ def write_run(run: Path, *, pairs: int = 240, steps: int = 12, text: str = "") -
             "command": "steelyard run recipes/small-world/recipe.yaml --seed 20240501",
         },
     )
-    (run / "recipe.yaml").write_text(f"name: small-world  # {text}\nensemble:\n  members: 10\n  folds: 5\n")
+    (run / "recipe.yaml").write_text(f"name: small-world  # {text}\nrepair:\n  oracle flip: {{recipe: oracle flip}}\n")
     _write_summary(run, text)
     _write_strength(run, rng, pairs, text)
     _write_stages(run, rng, steps, text)
@@ -445,6 +445,20 @@ def test_the_scoring_that_repaired_comes_first(whole: Path, tmp_path: Path, sett
     (folder / "recipe.yaml").write_text(settings)
     expected = "in-sample" if settings.endswith("sample\n") else "out-of-fold"
     assert f"240 pairs were weighed with 10 reward models, {expected}" in _page(folder).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ("repair: {oracle flip: {recipe: oracle flip}}", "random flip"),
+        ("repair: {oracle flip: {recipe: flip}, random flip: {recipe: oracle flip}}", "oracle flip"),
+        ("repair: [", "oracle flip"),
+    ],
+)
+def test_the_best_arm_needs_no_truth_whatever_its_name(whole: Path, tmp_path: Path, settings: str, best: str) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "recipe.yaml").write_text(settings)
+    assert f"the reward model “{best}” is most accurate" in _page(folder).text
 
 
 def test_numbers_shown_are_those_of_the_files(whole: Path, html: str) -> None:

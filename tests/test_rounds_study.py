@@ -145,7 +145,7 @@ class TestStudy:
 
     def test_the_report_shows_it(self, done: Path) -> None:
         page = (done / "report.html").read_text()
-        assert "Rounds, over seeds" in page
+        assert "Rounds, arm by arm" in page
         assert "Accuracy: relabelled" in page
         assert "Difference to “plain reward model”" in page
 

@@ -431,7 +431,7 @@ def test_a_study_of_ones_own_files_with_few_prompts_and_a_strength_measured_befo
     assert held == {"original": 24, "relabelled": 24 - len(ties), "agreement": 24 - len(ties) - int(wrong.sum())}
     page = Path("one/report.html").read_text()
     assert "the bootstrap draws pairs" in page
-    assert "One seed: the intervals say nothing about another one" in page
+    assert "alone (there is one seed; nothing is known of another)" in page
     # The same with the strength given: the same members, the same numbers.
     again = {k: v for k, v in mine.items() if k != "strength"} | {"strength_folder": "one/strength/out-of-fold"}
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))

@@ -6,9 +6,8 @@ and DPO -> evaluation -> judges -> report. Every stage leaves a folder and is sk
 
 from __future__ import annotations
 
-import json
+import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,36 @@ import yaml
 from steelyard import stages
 from steelyard.errors import InputError
 from steelyard.recipe import Recipe, arms_by, check, judge_config
-from steelyard.run_dir import write_json_atomic, write_text_atomic
-from steelyard.summary import describe_run, tables
+from steelyard.run_dir import acquire, completed, write_json_atomic, write_text_atomic
+from steelyard.summary import Stages, describe_run, tables
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Run every stage into `out` and write the report; returns the summary (also in summary.json)."""
+    """Run every stage into `out`; returns the summary (also in summary.json).
+
+    Raises InputError for a recipe that cannot be run, or a folder that is in use or holds another run.
+    """
     check(recipe)
+    lock = acquire(out)
+    try:
+        return _run_stages(recipe, out, resume, command)
+    finally:
+        os.close(lock)
+
+
+def _run_stages(recipe: Recipe, out: Path, resume: bool, command: str) -> dict[str, Any]:
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     stored = out / "recipe.yaml"
     if stored.exists() and not resume:
         raise InputError(f"{out}: holds a run already; go on with --resume, or give another folder (--out)")
-    if stored.exists() and (other := _differ(stored.read_text(), text)):
+    if stored.exists() and (other := _differ(yaml.safe_load(stored.read_text()), recipe)):
         raise InputError(
             f"{out}: holds a run of another recipe ({stored}); it differs in {', '.join(other)}; give another folder"
         )
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a folder, but it is a file: give another path")
-    out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stored, text)
-    run = _Run(recipe, out)
-    began = time.time()
-    try:
-        files = run.stage("data", lambda: stages.prepare(recipe, out))
-    except InputError:
-        if not run.stages:  # Refused before it began: the mended recipe may use the same folder.
-            stored.unlink()
-        raise
+    print(f"{recipe.name}: {out}", flush=True)
+    run, began = Stages(stored), time.time()
+    files = run.stage("data", lambda: stages.prepare(recipe, out))
     model = run.stage("SFT", lambda: stages.sft(recipe, files, out))
     measured = {
         scoring: run.stage(f"strength, {scoring}", partial(stages.weigh, recipe, files, model, out, scoring, resume))
@@ -63,36 +65,13 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str 
         if policy.judge is not None:
             run.stage("judges", lambda: stages.judge_all(judge_config(recipe, policy), out))
     about = describe_run(recipe.name, recipe.seed, began, command)
-    write_json_atomic(out / "run.json", about | {"seconds": sum(s["seconds"] for s in run.stages)})
-    summary = {"tables": tables(out), "stages": run.stages}
+    write_json_atomic(out / "run.json", about | {"seconds": sum(s["seconds"] for s in run.rows)})
+    summary = {"tables": tables(out), "stages": run.rows}
     write_json_atomic(out / "summary.json", summary)
     return summary
 
 
-def _differ(stored: str, wanted: str) -> list[str]:
+def _differ(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     """The sections in which two recipes differ; how many workers share the jobs decides no result."""
-    before, now = yaml.safe_load(stored), yaml.safe_load(wanted)
+    before, now = completed(stored, Recipe), recipe.model_dump(mode="json")
     return sorted(k for k in before.keys() | now.keys() if k != "workers" and before.get(k) != now.get(k))
-
-
-class _Run:
-    """Times the stages and says what is going on."""
-
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.path = out / "stages.json"
-        stored = json.loads(self.path.read_text()) if self.path.exists() else []
-        self.stages: list[dict[str, Any]] = stored
-        print(f"{recipe.name}: {out}", flush=True)
-
-    def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        result = work()
-        seconds = time.perf_counter() - began
-        entry = next((s for s in self.stages if s["name"] == name), None)
-        if entry is None:
-            entry = {"name": name, "seconds": 0.0, "note": ""}
-            self.stages.append(entry)
-        entry["seconds"] += seconds
-        write_json_atomic(self.path, self.stages)
-        print(f"{name}: {seconds:.0f} s", flush=True)
-        return result

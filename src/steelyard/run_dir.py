@@ -130,10 +130,7 @@ class RunDir:
         path = Path(path)
         if keep < 1:
             raise InputError(f"keep must be at least 1, got {keep}: a run without checkpoints cannot be resumed")
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} must be a folder for the run, but it is a file: give another path")
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(path)
+        lock = acquire(path)
         try:
             begun = _check_folder(path, config, resume)
             if begun:
@@ -319,8 +316,14 @@ def _numbers(step: int, values: Mapping[str, float]) -> dict[str, Any]:
     return checked
 
 
-def _acquire(path: Path) -> int:
-    """Lock the folder for this process; the system frees the lock however the process ends."""
+def acquire(path: Path) -> int:
+    """Lock a folder, made if need be, for this process; `os.close` frees it, and so does any end of the process.
+
+    Raises InputError if `path` is a file, or another process has the folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} must be a folder for the run, but it is a file: give another path")
+    path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -353,7 +356,7 @@ def _check_folder(path: Path, config: BaseModel, resume: bool) -> bool:
         raise InputError(f"{path} already holds a run: continue it with --resume, or use another folder")
     # Through JSON and back, so that both sides have been written and read the same way.
     given = dict(_leaves(json.loads(json.dumps(config.model_dump(mode="json")))))
-    before = dict(_leaves(_with_newer_fields(_read_json(stored), type(config))))
+    before = dict(_leaves(completed(_read_json(stored), type(config))))
     lines = [
         f"  {name}: stored {before.get(name, '(absent)')}, given {given.get(name, '(absent)')}"
         for name in sorted(before.keys() | given.keys())
@@ -403,8 +406,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _with_newer_fields(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """Settings of an older version with the fields it had not, at their defaults: what it did without them.
+def completed(stored: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Stored settings with the fields that they lack at their defaults: nobody named them, or they are newer.
 
     As they are where they no longer validate; the comparison then says why.
     """

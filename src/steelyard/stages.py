@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,14 +41,14 @@ from steelyard.recipe import (
     strength_config,
     world_config,
 )
-from steelyard.run_dir import write_json_atomic, write_text_atomic
+from steelyard.run_dir import completed, write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
-from steelyard.simulate.write import FILES, write_world
+from steelyard.simulate.write import FILES, WorldConfig, write_world
 from steelyard.train.dpo import DPOConfig, train_dpo
 from steelyard.train.ppo import PPOConfig, train_ppo
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
-from steelyard.types import Preference, Strength
+from steelyard.types import Preference, Prompt, Strength
 
 GOLD = "steelyard.simulate.world:gold"
 
@@ -67,11 +68,24 @@ class Files(Config):
 
 
 def prepare(recipe: Recipe, out: Path) -> Files:
-    """The files of the stages: the small world written out, or clean copies of the user's pairs."""
+    """The files of the stages: the small world written out, or clean copies of the user's pairs.
+
+    Raises InputError for files that a later stage could not use.
+    """
+    files = _write_files(recipe, out)
+    if recipe.policy is not None:
+        examination_prompts(recipe, recipe.policy, files)
+    return files
+
+
+def _write_files(recipe: Recipe, out: Path) -> Files:
     if recipe.world is not None:
-        folder = out / "data"
+        folder, world = out / "data", world_config(recipe)
+        kept = folder / FILES["world"]
+        if kept.exists() and completed(json.loads(kept.read_text()), WorldConfig) != world.model_dump(mode="json"):
+            shutil.rmtree(folder)  # of a run that was refused for what its world held, and has been mended
         if not folder.exists():
-            write_world(world_config(recipe), folder)
+            write_world(world, folder)
         path = {name: str(folder / file) for name, file in FILES.items()}
         truth, noise = _read_truth(Path(path["truth"]))
         validation_truth, _ = _read_truth(Path(path["validation_truth"]))
@@ -115,6 +129,21 @@ def prepare(recipe: Recipe, out: Path) -> Files:
         noise={},
         gold=None,
     )
+
+
+def start_tokenizer(recipe: Recipe, files: Files) -> str:
+    """The folder with the tokenizer of all stages' models, before any of them is there."""
+    return files.tokenizer if recipe.model == "scratch" and files.tokenizer is not None else recipe.model
+
+
+def examination_prompts(recipe: Recipe, policy: PolicyConfig, files: Files) -> list[Prompt]:
+    """The held-out prompts that policies answer. Raises InputError if none leaves room for an answer."""
+    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=evaluation_length(policy))
+    try:
+        found = prompts_that_fit(files.eval_prompts or files.prompts, encoder, evaluation_config(recipe, policy))
+    except InputError as error:
+        raise InputError(f"policy.evaluate: {error}") from None
+    return found[: policy.limit_eval]
 
 
 def _read_truth(path: Path) -> tuple[dict[str, int], dict[str, str]]:
@@ -323,7 +352,7 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     encoder_length = evaluation_length(policy)
     encoder = Encoder.load(model, max_length=encoder_length)
     say_if_shared(files.prompts, files.eval_prompts or files.prompts)
-    prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
+    prompts = examination_prompts(recipe, policy, files)
     # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
     rewards = {name: str(out / "rm" / arm_reward(recipe, policy, name) / "model") for name in policy.arms}
     first = next(iter(rewards.values()))

@@ -8,14 +8,58 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from steelyard import __version__
+from steelyard.errors import InputError
 from steelyard.evaluate.examination import benchmark_tables
 from steelyard.evaluate.units import FEW_PROMPTS
 from steelyard.parallel import default_workers
+from steelyard.run_dir import write_json_atomic
+
+T = TypeVar("T")
+_KILLED = "killed while it ran: without the time up to then"
+
+
+class Stages:
+    """The stages of a run that holds several: `rows` of their names, seconds and notes, in stages.json.
+
+    `settings` is the file of the run's settings, in the same folder.
+    """
+
+    def __init__(self, settings: Path) -> None:
+        self._settings, self._path = settings, settings.with_name("stages.json")
+        self.rows: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def stage(self, name: str, work: Callable[[], T]) -> T:
+        """`work()`, its seconds added to those of earlier sittings, however it ends.
+
+        What is killed outright cannot say how long it ran: the note that stands meanwhile is then left to say so. A
+        run whose first stage raises InputError never began: mended settings may use the same folder.
+        """
+        begun = bool(self.rows)
+        row = next((r for r in self.rows if r["name"] == name), None)
+        if row is None:
+            self.rows.append(row := {"name": name, "seconds": 0.0, "note": ""})
+        note, row["note"] = row["note"], _KILLED
+        write_json_atomic(self._path, self.rows)
+        began = time.perf_counter()
+        try:
+            result = work()
+        except InputError:
+            if not begun:
+                self.rows.clear()
+                self._settings.unlink()
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            row["seconds"] += seconds
+            row["note"] = note
+            write_json_atomic(self._path, self.rows)
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        return result
 
 
 def describe_run(name: str, seed: int, began: float, command: str) -> dict[str, Any]:

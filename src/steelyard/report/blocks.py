@@ -192,6 +192,11 @@ def seeds_of(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seed{'s' * (len(seeds) != 1)}"
 
 
+def over(seeds: int, units: str) -> str:
+    """What an interval is drawn over, in words."""
+    return f"seeds and {units}" if seeds > 1 else f"{units} alone (there is one seed; nothing is known of another)"
+
+
 def percent(value: float | None, places: int = 1) -> str:
     """A share as per cent."""
     return MISSING if value is None or not math.isfinite(value) else f"{decimals(places)(100 * value)}\u00a0%"

@@ -173,11 +173,18 @@ def _best_reward(run: Run) -> tuple[RewardRow, RewardRow | None] | None:
     rows = run.reward.rows if run.reward else []
     sets = {r.set for r in rows}
     chosen = next((s for s in ("agreement", "relabelled") if s in sets), rows[0].set if rows else "")
-    honest = [r for r in rows if r.set == chosen and "oracle" not in r.arm.lower()]
+    honest = [r for r in rows if r.set == chosen and r.arm not in _told_the_truth(run)]
     if not honest:
         return None
     best = max(honest, key=lambda r: r.accuracy)
     return best, next((r for r in honest if r.arm == "plain" and r is not best), None)
+
+
+def _told_the_truth(run: Run) -> set[str]:
+    """The arms whose labels were mended by the truth."""
+    arms = run.settings.get("repair")
+    named = arms.items() if isinstance(arms, dict) else ()
+    return {str(arm) for arm, repair in named if isinstance(repair, dict) and repair.get("recipe") == "oracle flip"}
 
 
 def _reward_sentences(run: Run) -> list[str]:
@@ -201,7 +208,7 @@ def _policy_sentences(run: Run) -> list[str]:
             continue
         judge = f", judged by {w.judge}" if w.judge else ""
         score = interval(w.score, w.low, w.high)
-        text = f"Policy “{w.a}” scores {score} against “{w.b}” on {count(w.n)} prompts{judge}"
+        text = f"Policy “{w.a}” scores {score} against “{w.b}” with {count(w.n)} answers{judge}"
         unclear = w.low is not None and w.high is not None and w.low <= 0.5 <= w.high
         sentences.append(text + (", which is no clear difference." if unclear else "."))
     return sentences

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,7 +190,9 @@ def dots(
     `spread` sets several series of one row a little apart.
     """
     with matplotlib.rc_context(_RC):
-        figure, axes = _axes(xlabel, "", small, 0.75 + 0.27 * max(len(rows), 2) * (1.25 if spread else 1))
+        labels = [textwrap.fill(_clean(row, 120), 40) for row in rows]  # what tells two rows apart may stand last
+        tall = max([1.25 if spread else 1, *(0.6 * (label.count("\n") + 1) for label in labels)])
+        figure, axes = _axes(xlabel, "", small, 0.75 + 0.27 * max(len(rows), 2) * tall)
         if level is not None:
             axes.axvline(level, color=_MUTED, linewidth=1, dashes=(3, 2))
         for position, one in enumerate(series):
@@ -204,7 +207,7 @@ def dots(
             axes.hlines(
                 np.arange(len(rows) - 1) + 0.5, 0, 1, _GRID, linewidth=0.7, transform=axes.get_yaxis_transform()
             )
-        axes.set_yticks(range(len(rows)), [_clean(row) for row in rows])
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.spines["left"].set_visible(False)
@@ -276,10 +279,10 @@ def _edges(low: float, high: float, bins: int = 48) -> Floats:
     return np.arange(first, max(last, first + 1) + 1) * width
 
 
-def _clean(text: str) -> str:
+def _clean(text: str, limit: int = 40) -> str:
     """Text that may stand in SVG: no control characters and no lone surrogates; long names cut."""
     printable = "".join(c if c.isprintable() else " " for c in str(text)).encode("utf-8", "replace").decode()
-    return printable if len(printable) <= 40 else printable[:39] + "…"
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
 
 
 def _svg(name: str, figure: Figure) -> Markup:

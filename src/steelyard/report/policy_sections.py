@@ -174,8 +174,8 @@ def _wins(wins: Sequence[Win]) -> list[Block]:
     if not rows:
         return []
     reading = (
-        "Per cent of prompts on which the first policy wins, ties or loses. The score counts a tie as one half, with "
-        "its interval: only an interval clear of 0.5 tells the two apart."
+        "Per cent of answers to the same prompts with which the first policy wins, ties or loses. The score counts a "
+        "tie as one half, with its interval: only an interval clear of 0.5 tells the two apart."
     )
     return [WinBars("Head to head", reading, rows, mirrors="Fig. 10")]
 

@@ -19,6 +19,7 @@ from steelyard.report.blocks import (
     count,
     decimals,
     interval,
+    over,
     percent,
     seeds_of,
     series_style,
@@ -36,7 +37,7 @@ HEAVIER = "arm, heavier KL"
 _KINDS = {
     "recommended": "Recommended settings against plain PPO on the labels as they are",
     "arm": "Arms against plain PPO with the same labels, repair and KL weight",
-    "repair": "Repaired labels against labels as they are, same arm and KL weight",
+    "repair": "Repaired labels against labels as they are, or another repair, same arm and KL weight",
     "KL weight": "Another KL weight against the study's own, same labels, repair and arm",
     HEAVIER: "Arms against plain PPO with a heavier KL penalty, same labels and repair",
 }
@@ -56,8 +57,9 @@ def policy_study_section(run: Run) -> Section | None:
         f"Policies trained on the small world's noisy labels, {seeds_of(study.seeds)}: each has its own label noise, "
         "SFT model, reward models, baselines and order; prompts and texts are shared. Gold is the world's true "
         "reward, proxy the reward model's score; both on held-out prompts. Bars and brackets are 95 % intervals over "
-        "seeds and prompts. Differences at equal distance compare arms where each first is that far from the SFT "
-        "model (linear in √KL between looks); at equal steps an arm that merely moves faster looks better, or worse."
+        f"{over(len(study.seeds), 'prompts')}. Differences at equal distance compare arms where each first is that far "
+        "from the SFT model (linear in √KL between looks); at equal steps an arm that merely moves faster looks "
+        "better, or worse."
     )
     return Section("policy-study", "Over-optimisation", intro, blocks)
 
@@ -185,12 +187,9 @@ def _differences(study: PolicyStudyFile, kind: str, title: str) -> list[Block]:
     places = [END, *places, COMMON]
     by_cell: dict[tuple[str, ...], dict[str, CellDifference]] = {}
     for d in chosen:
-        by_cell.setdefault((*_cell(d), *_cell(d.against)), {})[d.at] = d
-    rows = []
-    for key, found in by_cell.items():
-        named = (*key[:4], key[-1]) if kind == HEAVIER else key[:4]
-        rows.append((*named, *(_short(found.get(p), len(study.seeds)) for p in places)))
-    columns = [*_CELL, *([("plain's KL weight", None)] if kind == HEAVIER else []), *((p, str) for p in places)]
+        by_cell.setdefault((*_cell(d), d.against.words), {})[d.at] = d
+    rows = [(*key, *(_short(found.get(p), len(study.seeds)) for p in places)) for key, found in by_cell.items()]
+    columns = [*_CELL, ("less", None), *((p, str) for p in places)]
     note = (
         "Gold reward, paired by seed, prompt and random numbers. In brackets after it: seeds, where not all reached it."
     )
@@ -212,6 +211,8 @@ def _brief(d: CellDifference, usual: float) -> str:
     repaired = "" if d.repair == "none" else f" on {d.repair}"
     weight = "" if d.kl_coef in (None, usual) else f", KL {d.weight}"
     held = f" / plain, KL {d.against.weight}" if d.kind == HEAVIER else ""
+    if d.kind == "repair" and d.against.repair != "none":
+        held = f" / {d.against.repair}"
     return f"{d.world}: {d.arm}{repaired}{weight}{held}"
 
 

@@ -25,6 +25,11 @@ def _text(d: Difference | None) -> str | None:
     return None if d is None else interval(d.value, d.low, d.high)
 
 
+def _intervals(study: PolicyStudyFile) -> str:
+    """Of one number a seed."""
+    return "intervals over seeds" if len(study.seeds) > 1 else "one seed, so without intervals"
+
+
 def _variances(study: PolicyStudyFile) -> list[Block]:
     rows = [
         (v.world, v.repair, v.policy, "plain" if v.k == 0 else f"{'shrunk' if v.shrunk else 'contrastive'}, k = {v.k}",
@@ -36,10 +41,11 @@ def _variances(study: PolicyStudyFile) -> list[Block]:
         ("predicted", str),
     )  # fmt: skip
     note = (
-        "Of rewards on held-out prompts, in units of the reward model's normalised score, unscaled; intervals over "
-        "seeds. Predicted for the SFT model from an independent draw: tau² + s² plain, s² (1 + 1/k) contrastive, with "
-        "tau² between prompts and s² within. Where s² / k exceeds tau², contrastive rewards vary more. Shrunk: less "
-        "their mean, drawn to that of all prompts by its reliability w = tau² / (tau² + s² / k): s² (1 + w / k)"
+        "Of rewards on held-out prompts, in units of the reward model's normalised score, unscaled; "
+        f"{_intervals(study)}. Predicted for the SFT model from an independent draw: tau² + s² plain, s² (1 + 1/k) "
+        "contrastive, with tau² between prompts and s² within. Where s² / k exceeds tau², contrastive rewards vary "
+        "more. Shrunk: less their mean, drawn to that of all prompts by its reliability w = tau² / (tau² + s² / k): "
+        "s² (1 + w / k)"
     )
     return [table("Variance of the reward, and what is predicted", columns, rows, note=note)] if rows else []
 
@@ -55,7 +61,7 @@ def _speeds(study: PolicyStudyFile) -> list[Block]:
         for s in study.speeds
     ]  # fmt: skip
     note = (
-        "Means over a quarter of the steps; intervals over seeds. The advantage before whitening, over tokens, in "
+        f"Means over a quarter of the steps; {_intervals(study)}. The advantage before whitening, over tokens, in "
         "units of the reward before it was scaled (PAR and LSC: of the transformed reward). The critic starts as the "
         "reward model, which knows the level of a prompt but not its contrast."
     )

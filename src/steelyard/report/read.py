@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +93,14 @@ class Run:
     rounds_study: RoundsStudyFile | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the recipe or study says; nothing where it cannot be read."""
+        with contextlib.suppress(yaml.YAMLError):
+            if isinstance(settings := yaml.safe_load(self.recipe), dict):
+                return settings
+        return {}
+
 
 def read_run(path: Path) -> Run:
     """Read a pipeline's folder, an audit's folder or a single stage's folder.
@@ -109,7 +117,6 @@ def read_run(path: Path) -> Run:
         info=_optional_record(path / "run.json", RunFile, notes),
         recipe=_optional_text(path / "recipe.yaml", notes) or _optional_text(path / "study.yaml", notes),
         summary=_record(path / "summary.json", SummaryFile),
-        strengths=_read_strengths(path, notes),
         sft=_stages(path, "sft", notes) or ({single.name: single} if single and kind == "sft" else {}),
         rm=_stages(path, "rm", notes) or ({single.name: single} if single and kind == "rm" else {}),
         ppo=_stages(path, "ppo", notes) or ({single.name: single} if single and kind == "ppo" else {}),
@@ -127,8 +134,8 @@ def read_run(path: Path) -> Run:
         rounds=_record(path / "rounds.json", RoundsFile),
         round_stages=_round_stages(path, notes),
         rounds_study=_study(path, "rounds", RoundsStudyFile),
-        notes=tuple(notes),
     )
+    run = replace(run, strengths=_read_strengths(path, notes, run.settings.get("repair_from")), notes=tuple(notes))
     found = (run.info, run.summary, run.strengths, run.sft, run.rm, run.ppo, run.reward, run.policy, run.features)
     studies = (
         run.contrastive,
@@ -316,27 +323,20 @@ def _kind(stage: Stage) -> str:
     return "rm" if any(key in stage.metrics for key in preference) else "sft"
 
 
-def _read_strengths(path: Path, notes: list[str]) -> tuple[StrengthRun, ...]:
-    """strength/<scoring>/, or strength.parquet right in strength/ or in the folder itself (an audit's output)."""
+def _read_strengths(path: Path, notes: list[str], repaired_from: Any) -> tuple[StrengthRun, ...]:
+    """strength/<scoring>/, or strength.parquet right in strength/ or in the folder itself (an audit's output).
+
+    The scoring by which a recipe or study repaired comes first.
+    """
     for single in (path, path / "strength"):
         if (single / "strength.parquet").exists():
             return (_read_strength(single, path, notes),)
     folder = path / "strength"
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    first = (_repaired_from(path), *_PRIMARY_FIRST)
+    first = (repaired_from, *_PRIMARY_FIRST)
     names.sort(key=lambda n: first.index(n) if n in first else len(first))
     present = [n for n in names if any((folder / n / f).exists() for f in ("strength.parquet", "result.json"))]
     return tuple(_read_strength(folder / n, path, notes) for n in present)
-
-
-def _repaired_from(path: Path) -> str | None:
-    """The scoring by which a recipe or study repaired, if its settings say."""
-    for name in ("recipe.yaml", "study.yaml"):
-        if (path / name).exists():
-            with contextlib.suppress(OSError, yaml.YAMLError):
-                settings = yaml.safe_load((path / name).read_text())
-                return settings.get("repair_from") if isinstance(settings, dict) else None
-    return None
 
 
 def _read_strength(folder: Path, root: Path, notes: list[str]) -> StrengthRun:

@@ -184,4 +184,4 @@ def rounds_study_section(run: Run, styles: Styles) -> Section | None:
         f"{seeds_of(study.seeds)}; arms differ in what becomes of the reward model between rounds. Round 0 is the SFT "
         f"model. Differences are to “{study.control}”, on the same prompts and seeds."
     )
-    return Section("rounds-study", "Rounds, over seeds", intro, blocks)
+    return Section("rounds-study", "Rounds, arm by arm", intro, blocks)

@@ -15,6 +15,7 @@ from steelyard.report.blocks import (
     count,
     decimals,
     interval,
+    over,
     percent,
     seeds_of,
     table,
@@ -31,7 +32,7 @@ _UNITS = {
     "training std": "standard deviations in training",
 }
 _BARS = (
-    "The bar is the 95 % interval over seeds and {units}; where it holds 0, no difference was found. Values come from "
+    "The bar is the 95 % interval over {drawn}; where it holds 0, no difference was found. Values come from "
     "the same pairs and seeds, so what the arms share cancels."
 )
 
@@ -120,7 +121,8 @@ def difference_figure(
             )  # fmt: skip
             panels.append(Panel(panel_title(shown[0]), svg))
     units = " or ".join(dict.fromkeys(r.unit for r in rows))
-    return Figure(title, _BARS.format(units=units), panels)
+    seeds = max((len(r.seeds) for r in rows), default=0)
+    return Figure(title, _BARS.format(drawn=over(seeds, units)), panels)
 
 
 def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:

@@ -18,6 +18,7 @@ from steelyard.report.blocks import (
     decimals,
     duration,
     interval,
+    over,
     percent,
     seeds_of,
     series_style,
@@ -74,9 +75,10 @@ def _scatter(study: StrengthStudyFile) -> list[Block]:
             panels.append(Panel(scoring.capitalize(), svg))
     if not panels:
         return []
+    bands = "Bands: one standard deviation over seeds. " if len(study.seeds) > 1 else ""
     reading = (
         "Each point is an ensemble of a certain size; further left is cheaper, higher finds more wrong labels. 0 is "
-        f"the price of one {study.reference} model, 1 that of ten. Bands: one standard deviation over seeds. Dashed: "
+        f"the price of one {study.reference} model, 1 that of ten. {bands}Dashed: "
         "taking the longer text for the better one."
     )
     return [Figure("What strength costs", reading, panels, [Key(b, s) for b, s in styles.items()])]
@@ -108,13 +110,14 @@ def _quality(study: StrengthStudyFile) -> Block:
         ("AUROC", None), ("95 % interval", str), (f"less all {study.reference}", str), ("average precision", None),
         ("monotonicity", None), (f"rank correlation with {study.reference}", None),
     ]  # fmt: skip
+    spread = "Mean ± standard deviation over seeds." if len(study.seeds) > 1 else "One seed: no standard deviation."
     note = (
-        "Mean ± standard deviation over seeds. Monotonicity: Spearman correlation of strength and agreement with the "
+        f"{spread} Monotonicity: Spearman correlation of strength and agreement with the "
         f"truth over 20 groups. Rank correlation: Spearman, with all {study.reference} members of the same seed and "
         "scoring. Out-of-fold, the first members judge only a part of the pairs (column pairs judged), and AUROCs of "
-        f"different parts do not compare. Intervals: bootstrap over seeds and {study.unit or 'pairs'}. Less all "
-        f"{study.reference}: on the pairs that both judge, with the same draws; an interval that holds 0 shows no "
-        "difference."
+        f"different parts do not compare. Intervals: bootstrap over {over(len(study.seeds), study.unit or 'pairs')}. "
+        f"Less all {study.reference}: on the pairs that both judge, with the same draws; an interval that holds 0 "
+        "shows no difference."
     )
     return table("Quality", columns, rows, note=note)
 

@@ -17,6 +17,7 @@ from steelyard.report.blocks import (
     decimals,
     duration,
     interval,
+    over,
     percent,
     seeds_of,
     series_style,
@@ -36,7 +37,7 @@ from steelyard.report.study_records import Difference
 
 _SHOWN_SEGMENTS = 5
 _PAIRED = (
-    "The bar is the 95 % interval of a bootstrap over seeds and held-out {unit}; values come from the same pairs and "
+    "The bar is the 95 % interval of a bootstrap over {drawn}; values come from the same pairs and "
     "seeds, so what the arms share cancels."
 )
 
@@ -48,7 +49,7 @@ def arms_section(run: Run) -> Section | None:
         return None
     dots = _difference_panels("arms", study, [(r.arm, r) for r in study.arms])
     reading = (
-        "Accuracy less that of plain training. " + _PAIRED.format(unit=_unit(study)) + " An arm whose bar holds 0 is "
+        "Accuracy less that of plain training. " + _PAIRED.format(drawn=_drawn(study)) + " An arm whose bar holds 0 is "
         "not told apart from plain. The oracle knows the truth: an upper bound; random flip is the control of flip; "
         "the ensemble and weight averages took several trainings (table)."
     )
@@ -87,8 +88,6 @@ def _compute_words(study: DataStudyFile) -> str:
         "seen more often. Learning rate and batch are those of the study file; the study itself chooses none."
     )
     text += " Strength was measured once, so no interval holds another ensemble or its repair."
-    if len(study.seeds) == 1:
-        text += " One seed: the intervals say nothing about another one."
     if weak:
         fewest, units = min(s.prompts for s in weak), " or ".join(dict.fromkeys(s.unit for s in weak))
         text += (
@@ -98,8 +97,9 @@ def _compute_words(study: DataStudyFile) -> str:
     return text
 
 
-def _unit(study: DataStudyFile) -> str:
-    return " or ".join(dict.fromkeys(s.unit for s in study.sets))
+def _drawn(study: DataStudyFile) -> str:
+    """What the bootstrap draws, in words."""
+    return over(len(study.seeds), "held-out " + " or ".join(dict.fromkeys(s.unit for s in study.sets)))
 
 
 def _titles(study: DataStudyFile) -> dict[str, str]:
@@ -167,9 +167,7 @@ def _bands(study: DataStudyFile) -> list[Block]:
     reading = (
         "Accuracy of reward models trained on one band of strength each, equally many pairs in each band. "
         "The paper (ten bands) finds the two weakest below one half, the next two at it, and the strongest not the "
-        "best. The shade is the 95 % interval over seeds and held-out "
-        + _unit(study)
-        + "; the dashed line is guessing."
+        f"best. The shade is the 95 % interval over {_drawn(study)}; the dashed line is guessing."
     )
     cells = [
         (r.band, r.pairs, r.strength_low, r.strength_high, r.right, r.set, interval(r.value, r.low, r.high))
@@ -242,7 +240,7 @@ def _treatments(study: DataStudyFile) -> list[Block]:
         if rows:
             labelled = [(f"band {r.band}, {r.treatment}", r) for r in rows]
             panels = _difference_panels(f"treatment-{kind}", study, labelled)
-            reading = f"{reading} {_PAIRED.format(unit=_unit(study))}"
+            reading = f"{reading} {_PAIRED.format(drawn=_drawn(study))}"
             blocks += [Figure(title, reading, panels, mirrors=mirrors), _treatment_table(title, rows)]
     return blocks
 

@@ -35,7 +35,7 @@ from steelyard.models.reward import RewardModel
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import Recipe, Settings, build
 from steelyard.run_dir import write_json_atomic, write_text_atomic
-from steelyard.stages import Files, prepare, sft
+from steelyard.stages import Files, prepare, sft, start_tokenizer
 from steelyard.study.arms import ArmsStudy, held_out_pairs, places, require_arms
 from steelyard.study.folder import StudyFolder, difference_table, mean_curves
 from steelyard.train.pairwise import read_pairs
@@ -77,16 +77,16 @@ def run_contrastive(study: ContrastiveStudy, out: Path, *, resume: bool = False,
     require_arms(study.arms, study.control, study.seeds)
     for arm in study.arms:
         reward_config(study, arm, study.seeds[0], data="", model="", validation={})
-    folder = StudyFolder(out, study, resume=resume, command=command, growing=("arms",))
-    files = folder.stage("data", lambda: _prepare(study, recipe, out))
-    model = folder.stage("SFT", lambda: sft(recipe, files, out))
-    folder.stage("reward models", lambda: _reward_models(study, files, model, out))
-    found = folder.stage("comparison", lambda: _compare(study, files, out))
-    tables = [
-        difference_table("Contrastive learning: accuracy on held-out pairs", found["accuracy"], study.control),
-        difference_table("Overlap of chosen and rejected features", found["overlap"], study.control),
-    ]
-    folder.finish(study.name, study.world_seed, found, tables)
+    with StudyFolder(out, study, resume=resume, command=command, growing=("arms",)) as folder:
+        files = folder.stage("data", lambda: _prepare(study, recipe, out))
+        model = folder.stage("SFT", lambda: sft(recipe, files, out))
+        folder.stage("reward models", lambda: _reward_models(study, files, model, out))
+        found = folder.stage("comparison", lambda: _compare(study, files, out))
+        tables = [
+            difference_table("Contrastive learning: accuracy on held-out pairs", found["accuracy"], study.control),
+            difference_table("Overlap of chosen and rejected features", found["overlap"], study.control),
+        ]
+        folder.finish(study.name, study.world_seed, found, tables)
     return found
 
 
@@ -106,6 +106,10 @@ def _prepare(study: ContrastiveStudy, recipe: Recipe, out: Path) -> Files:
     chosen = _features_set(study, files)
     if chosen not in files.validation:
         raise InputError(f"features_set must be one of the validation sets {list(files.validation)}, got {chosen!r}")
+    config = reward_config(study, study.control, study.seeds[0], data="", model="", validation={})
+    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=config.max_length, on_overlong=config.on_overlong)
+    pairs, _ = read_pairs(files.validation[chosen], encoder, on_invalid=config.on_invalid)
+    require_enough(_prompts(pairs[: study.features.limit]), files.validation[chosen])
     return files
 
 
@@ -137,7 +141,8 @@ def train_and_examine(
 ) -> None:
     """One reward model, and one number for each held-out pair and measure."""
     train_reward(config, folder, resume=True, quiet=True)
-    if target.exists():
+    # Drawn only where the study's first seed is this one, which it may not have been before.
+    if target.exists() and not (drawn and json.loads(target.read_text())["picture"] is None):
         return
     encoder = Encoder.load(folder / "model", max_length=config.max_length, on_overlong=config.on_overlong)
     model = RewardModel.load(folder / "model", precision=config.precision, device=config.device)
@@ -146,7 +151,6 @@ def train_and_examine(
     scored = model.score_sets(trees, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
     shown, pairs = trees[features_set][: options.limit], read[features_set][0][: options.limit]
     prompts = _prompts(pairs)
-    require_enough(prompts, config.validation[features_set])
     features = read_features(model, shown, pad_id=encoder.pad_id, max_tokens=config.max_tokens)
     found = overlap(features, prompts, folds=options.folds, seed=options.seed)
     examined: Examined = {

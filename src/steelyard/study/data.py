@@ -50,20 +50,20 @@ def run_data_study(study: DataStudy, out: Path, *, resume: bool = False, command
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     given, study = study, check(study)
-    folder = StudyFolder(out, given, resume=resume, command=command, free=(*FREE, "analyses"))
-    files = folder.stage("data", lambda: prepare(study, out))
-    model = folder.stage("SFT", lambda: sft(study, files, out))
-    source = folder.stage("strength", lambda: _measure(study, files, model, out, resume))
-    if study.needs_members():
-        keep = "keep_members" in given.strength
-        folder.stage("ensemble on validation pairs", lambda: _ensemble(source, files, out, keep))
-    start = _input(study, files, source, model, out)
-    plan, jobs = plan_models(study, start)
-    folder.stage("reward models", lambda: _train(study, jobs))
-    if plan.averages:
-        folder.stage("weight averages", lambda: _average(study, plan, jobs))
-    found = folder.stage("tables", lambda: examine_study(study, plan, start))
-    folder.finish(study.name, study.seed, found, [*tables(out), *summary_tables(found)])
+    with StudyFolder(out, given, resume=resume, command=command, free=(*FREE, "analyses")) as folder:
+        files = folder.stage("data", lambda: prepare(study, out))
+        model = folder.stage("SFT", lambda: sft(study, files, out))
+        source = folder.stage("strength", lambda: _measure(study, files, model, out, resume))
+        if study.needs_members():
+            keep = "keep_members" in given.strength
+            folder.stage("ensemble on validation pairs", lambda: _ensemble(source, files, out, keep))
+        start = _input(study, files, source, model, out)
+        plan, jobs = plan_models(study, start)
+        folder.stage("reward models", lambda: _train(study, jobs))
+        if plan.averages:
+            folder.stage("weight averages", lambda: _average(study, plan, jobs))
+        found = folder.stage("tables", lambda: examine_study(study, plan, start))
+        folder.finish(study.name, study.seed, found, [*tables(out), *summary_tables(found)])
     return found
 
 

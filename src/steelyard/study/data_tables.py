@@ -16,6 +16,7 @@ from steelyard.data.split import prompt_key
 from steelyard.evaluate.reward import reward_metrics, wins
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.evaluate.units import Units, units_of
+from steelyard.report.blocks import over
 from steelyard.study import data_sets
 from steelyard.study.data_config import PLAIN, SCORER_NAMES, DataStudy
 from steelyard.study.data_models import SCORES, load_scores
@@ -362,8 +363,7 @@ def summary_tables(found: Row) -> list[Row]:
                 "title": "Arms: accuracy on held-out pairs",
                 "columns": ["arm", *(text for s in sets for text in (s, f"{s}, less {PLAIN}"))],
                 "rows": cells,
-                "note": f"Means over seeds; 95 % intervals over seeds and held-out {units} (two-level paired "
-                "bootstrap).",
+                "note": f"95 % intervals over {over(len(found['seeds']), f'held-out {units}')}; paired bootstrap.",
             }
         )
     columns = ["analysis", "models", "steps each", "pairs a step", "passes, least", "passes, most", "seconds"]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import yaml
 
 from steelyard.config import Config
 from steelyard.errors import InputError
-from steelyard.run_dir import write_json_atomic, write_text_atomic
-from steelyard.summary import describe_run
+from steelyard.report.blocks import over
+from steelyard.run_dir import acquire, completed, write_json_atomic, write_text_atomic
+from steelyard.summary import Stages, describe_run
 
 T = TypeVar("T")
 POINTS = 150  # of a curve in study.json
@@ -31,7 +33,10 @@ def refuse_seeds(sections: Mapping[str, Any]) -> None:
 
 
 class StudyFolder:
-    """One study's folder. Every stage must do nothing where its files are there already."""
+    """One study's folder, this process's own until the end of a `with` block.
+
+    Every stage must do nothing where its files are there already.
+    """
 
     def __init__(
         self,
@@ -45,54 +50,52 @@ class StudyFolder:
     ) -> None:
         """A resumed study may change its `free` fields and add entries to its `growing` ones.
 
-        Raises InputError if the folder holds another study, or this one and `resume` was not asked for.
+        Raises InputError if the folder holds another study, or this one and `resume` was not asked for, or another
+        process works in it.
         """
-        given = study.model_dump(mode="json", exclude_unset=True)
-        stored = path / "study.yaml"
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: must be a folder, but it is a file: give another path")
-        if stored.exists() and not resume:
-            raise InputError(f"{path}: holds a study already; go on with --resume, or give another folder (--out)")
-        before = yaml.safe_load(stored.read_text()) if stored.exists() else given
-        for name in growing:
-            if changed := [k for k, v in before.get(name, {}).items() if given.get(name, {}).get(k, v) != v]:
-                said = ", ".join(changed)
-                raise InputError(f"{name}: {said} has other settings than in {stored}; choose another name")
-        if fixed := {n for n in {*given, *before} - {*free, *growing} if given.get(n) != before.get(n)}:
-            said = ", ".join(sorted(fixed))
-            raise InputError(f"{path}: holds a study with other settings of {said} ({stored}); give another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        if given != before or not stored.exists():
-            write_text_atomic(stored, yaml.safe_dump(given, sort_keys=False))
         self.path, self.command, self.began = path, command, time.time()
-        self._times = path / "stages.json"
-        self.stages: list[dict[str, Any]] = json.loads(self._times.read_text()) if self._times.exists() else []
+        self._lock = acquire(path)
+        try:
+            _begin(path / "study.yaml", study, resume, free, growing)
+            self._stages = Stages(path / "study.yaml")
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
 
     def stage(self, name: str, work: Callable[[], T]) -> T:
-        """`work()`, timed; a resumed stage's times add up."""
-        began = time.perf_counter()
-        try:
-            result = work()
-        except InputError:
-            if not self.stages:  # Refused before it began: the mended study may use the same folder.
-                (self.path / "study.yaml").unlink()
-            raise
-        seconds = time.perf_counter() - began
-        entry = next((s for s in self.stages if s["name"] == name), None)
-        if entry is None:
-            entry = {"name": name, "seconds": 0.0, "note": ""}
-            self.stages.append(entry)
-        entry["seconds"] += seconds
-        write_json_atomic(self._times, self.stages)
-        print(f"{name}: {seconds:.0f} s", flush=True)
-        return result
+        """`work()`, timed as in `Stages`."""
+        return self._stages.stage(name, work)
 
     def finish(self, name: str, seed: int, found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> None:
         """study.json with the findings, and what the report says of the run."""
         write_json_atomic(self.path / "study.json", dict(found))
         about = describe_run(name, seed, self.began, self.command)
-        write_json_atomic(self.path / "run.json", about | {"seconds": sum(s["seconds"] for s in self.stages)})
-        write_json_atomic(self.path / "summary.json", {"tables": list(tables), "stages": self.stages})
+        write_json_atomic(self.path / "run.json", about | {"seconds": sum(s["seconds"] for s in self._stages.rows)})
+        write_json_atomic(self.path / "summary.json", {"tables": list(tables), "stages": self._stages.rows})
+
+
+def _begin(stored: Path, study: Config, resume: bool, free: Sequence[str], growing: Sequence[str]) -> None:
+    """Write the study's settings to `stored`, if those that it holds already allow it."""
+    path, begun = stored.parent, stored.exists()
+    if begun and not resume:
+        raise InputError(f"{path}: holds a study already; go on with --resume, or give another folder (--out)")
+    given = study.model_dump(mode="json")
+    before = completed(yaml.safe_load(stored.read_text()), type(study)) if begun else given
+    for name in growing:
+        if changed := [k for k, v in before.get(name, {}).items() if given[name].get(k, v) != v]:
+            said = ", ".join(changed)
+            raise InputError(f"{name}: {said} has other settings than in {stored}; choose another name")
+    if fixed := {n for n in {*given, *before} - {*free, *growing} if given.get(n) != before.get(n)}:
+        said = ", ".join(sorted(fixed))
+        raise InputError(f"{path}: holds a study with other settings of {said} ({stored}); give another folder")
+    if given != before or not begun:
+        write_text_atomic(stored, yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True), sort_keys=False))
 
 
 def mean_curves(folders: Mapping[str, Sequence[Path]], wanted: Callable[[str], bool]) -> list[Curve]:
@@ -137,8 +140,8 @@ def difference_table(title: str, rows: Sequence[Mapping[str, Any]], control: str
         "rows": [
             [r["set"], r["measure"], r["arm"], _interval(r), _interval(r.get("difference")), _above(r)] for r in rows
         ],
-        "note": f"95 % intervals over seeds and {units} (two-level paired bootstrap).{few} An interval that holds "
-        "0 shows no difference.",
+        "note": f"95 % intervals over {over(len(rows[0]['seeds']), units)}; paired bootstrap.{few} An interval that "
+        "holds 0 shows no difference.",
     }
 
 

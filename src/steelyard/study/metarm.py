@@ -95,15 +95,15 @@ def run_metarm(study: MetaRMStudy, out: Path, *, resume: bool = False, command: 
     for arm in arms(study):
         config_of(study, arm, study.seeds[0], data="", model="", validation={}, responses={})
     shift_configs(study, model="", files=None, out=out)
-    folder = StudyFolder(out, study, resume=resume, command=command)
-    files = folder.stage("data", lambda: prepare(recipe, out))
-    model = folder.stage("SFT", lambda: sft(recipe, files, out))
-    moved = folder.stage("shifted policy", lambda: shift(study, model, files, out))
-    responses = folder.stage("samples", lambda: sample_all(study, model, moved, files, out))
-    folder.stage("reward models", lambda: _reward_models(study, files, model, responses, out))
-    found = folder.stage("comparison", lambda: _compare(study, files, responses, out))
-    found["policies"] = _policies(files, responses, out)
-    folder.finish(study.name, study.world_seed, found, _tables(found))
+    with StudyFolder(out, study, resume=resume, command=command) as folder:
+        files = folder.stage("data", lambda: prepare(recipe, out))
+        model = folder.stage("SFT", lambda: sft(recipe, files, out))
+        moved = folder.stage("shifted policy", lambda: shift(study, model, files, out))
+        responses = folder.stage("samples", lambda: sample_all(study, model, moved, files, out))
+        folder.stage("reward models", lambda: _reward_models(study, files, model, responses, out))
+        found = folder.stage("comparison", lambda: _compare(study, files, responses, out))
+        found["policies"] = _policies(files, responses, out)
+        folder.finish(study.name, study.world_seed, found, _tables(found))
     return found
 
 

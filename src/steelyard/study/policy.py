@@ -24,7 +24,7 @@ from steelyard.recipe import reward_config, sft_config, strength_config
 from steelyard.run_dir import RunDir
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
-from steelyard.stages import Files, prepare
+from steelyard.stages import Files, prepare, start_tokenizer
 from steelyard.study.folder import FREE, StudyFolder
 from steelyard.study.policy_config import (
     AS_LABELLED,
@@ -67,18 +67,17 @@ def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, com
     """
     check(study)
     free = (*FREE, "cells", "at_kl", "recommended", "against")
-    folder = StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs"))
-    files = folder.stage("data", lambda: prepare(recipe_of(study, study.seeds[0]), out))
-    grid = study.grid()
-    folder.stage("labels", lambda: label(study, grid, files, out))
-    folder.stage("SFT", lambda: _start(study, files, out))
-    folder.stage("strength and repair", lambda: repair_all(study, grid, out))
-    exam = look_at(study, files, out)
-    folder.stage("reward models", lambda: _rewards(study, grid, files, exam, out))
-    scored = folder.stage("baselines", lambda: _baselines(study, grid, files, out))
-    folder.stage("policies", lambda: _policies(study, grid, files, scored, exam, out))
-    found = folder.stage("tables", lambda: examine_study(study, out))
-    folder.finish(study.name, study.world_seed, found, summary_tables(found))
+    with StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs")) as folder:
+        files, exam = folder.stage("data", lambda: _prepare(study, out))
+        grid = study.grid()
+        folder.stage("labels", lambda: label(study, grid, files, out))
+        folder.stage("SFT", lambda: _start(study, files, out))
+        folder.stage("strength and repair", lambda: repair_all(study, grid, out))
+        folder.stage("reward models", lambda: _rewards(study, grid, files, exam, out))
+        scored = folder.stage("baselines", lambda: _baselines(study, grid, files, out))
+        folder.stage("policies", lambda: _policies(study, grid, files, scored, exam, out))
+        found = folder.stage("tables", lambda: examine_study(study, out))
+        folder.finish(study.name, study.world_seed, found, summary_tables(found))
     return found
 
 
@@ -97,6 +96,19 @@ def _each(study: PolicyStudy, work: Callable[..., Any], jobs: Sequence[Job], lab
         labels=labels,
         on_done=lambda i, _: print(f"  {labels[i]}", flush=True),
     )
+
+
+def _prepare(study: PolicyStudy, out: Path) -> tuple[Files, Exam]:
+    """The files of all seeds, and the held-out prompts that all policies answer."""
+    recipe, config = recipe_of(study, study.seeds[0]), evaluation_config(study)
+    files = prepare(recipe, out)
+    length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
+    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=length)
+    try:
+        prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
+    except InputError as error:
+        raise InputError(f"evaluate: {error}") from None
+    return files, Exam(tuple(prompts), config, length, study.looks)
 
 
 def label(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> None:
@@ -150,15 +162,6 @@ def repair_all(study: PolicyStudy, grid: Sequence[Cell], out: Path) -> None:
             repaired, _ = repair(pairs, strengths, options, wrong=wrong)
             write_preferences(repaired, path)
             print(f"  {data[0]}, {data[1]}, seed {seed}: repaired", flush=True)
-
-
-def look_at(study: PolicyStudy, files: Files, out: Path) -> Exam:
-    """The held-out prompts that all policies answer."""
-    config = evaluation_config(study)
-    length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
-    encoder = Encoder.load(start_of(study, out, study.seeds[0]), max_length=length)
-    prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
-    return Exam(tuple(prompts), config, length, study.looks)
 
 
 def _rewards(study: PolicyStudy, grid: Sequence[Cell], files: Files, exam: Exam, out: Path) -> None:

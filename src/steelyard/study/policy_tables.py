@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from steelyard.report.blocks import over
+from steelyard.report.policy_study_records import CellName
 from steelyard.study.policy_config import AS_LABELLED, PLAIN, Cell, PolicyStudy, control_of, evaluation_config
 from steelyard.study.policy_curves import at_kl, flip_table, reached
 from steelyard.study.policy_jobs import wrong_share
@@ -224,22 +226,20 @@ def summary_tables(found: dict[str, Any]) -> list[Row]:
     def text(row: Row) -> str:
         return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
-    def what(row: Row) -> str:
-        return f"{row['kind']} of {row['against']['kl_coef']:g}" if row["kind"] == HEAVIER else row["kind"]
-
     ending = [
         [*cell(r), text(r["gold"]), text(r["proxy"]), f"{r['kl']:.2f}", f"{r['length']:.1f}", text(r["lost"])]
         for r in found["ends"]
     ]
     compared = [
-        [*cell(r), what(r), r["at"], text(r), f"{sum(s > 0 for s in r['seeds'])} of {r['n_seeds']}"]
+        [*cell(r), r["kind"], CellName.model_validate(r["against"]).words, r["at"], text(r),
+         f"{sum(s > 0 for s in r['seeds'])} of {r['n_seeds']}"]
         for r in found["differences"]
         if r["at"] in (END, COMMON)
-    ]
-    note = "95 % intervals over seeds and prompts (crossed bootstrap)."
+    ]  # fmt: skip
+    note = f"95 % intervals over {over(len(found['seeds']), 'prompts')}; crossed bootstrap."
     return [
         {"title": "Policies at the end of their runs", "rows": ending, "note": f"{note} Lost: gold since the best.",
          "columns": [*columns, "gold", "proxy", "KL", "length", "lost"]},
         {"title": "Differences in gold reward", "rows": compared, "note": f"{note} One that holds 0 shows none.",
-         "columns": [*columns, "what differs", "at", "difference", "seeds above 0"]},
+         "columns": [*columns, "what differs", "less", "at", "difference", "seeds above 0"]},
     ]  # fmt: skip

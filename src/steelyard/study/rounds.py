@@ -92,13 +92,13 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
         except InputError as error:
             raise InputError(f"arms.{arm}: {error}") from None
     first_config(study, study.seeds[0], model="", files=None)
-    folder = StudyFolder(out, study, resume=resume, command=command, growing=("arms",))
-    files = folder.stage("data", lambda: prepare(recipe, out))
-    model = folder.stage("SFT", lambda: sft(recipe, files, out))
-    folder.stage("first reward models", lambda: _first(study, model, files, out))
-    folder.stage("rounds", lambda: _rounds(study, model, files, out))
-    found = folder.stage("comparison", lambda: compare(study, out))
-    folder.finish(study.name, study.world_seed, found, _tables(found))
+    with StudyFolder(out, study, resume=resume, command=command, growing=("arms",)) as folder:
+        files = folder.stage("data", lambda: prepare(recipe, out))
+        model = folder.stage("SFT", lambda: sft(recipe, files, out))
+        folder.stage("first reward models", lambda: _first(study, model, files, out))
+        folder.stage("rounds", lambda: _rounds(study, model, files, out))
+        found = folder.stage("comparison", lambda: compare(study, out))
+        folder.finish(study.name, study.world_seed, found, _tables(found))
     return found
 
 

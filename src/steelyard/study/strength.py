@@ -68,33 +68,33 @@ class StrengthStudy(Config):
 def run_strength_study(study: StrengthStudy, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Measure every ensemble and compare; returns the findings (also in study.json)."""
     check_study(study)
-    folder = StudyFolder(out, study, resume=resume, command=command)
-    places = {seed: out / (f"world-{seed}" if study.world is not None else "data-set") for seed in study.seeds}
-    files: dict[Path, Files] = {}
-    models: dict[Path, str] = {}
-    for seed, place in places.items():
-        if place not in files:
-            files[place] = folder.stage(f"data, {place.name}", partial(_prepare, study, seed, place))
-            models[place] = folder.stage(
-                f"SFT, {place.name}", partial(sft, recipe_of(study, seed), files[place], place)
+    with StudyFolder(out, study, resume=resume, command=command) as folder:
+        places = {seed: out / (f"world-{seed}" if study.world is not None else "data-set") for seed in study.seeds}
+        files: dict[Path, Files] = {}
+        models: dict[Path, str] = {}
+        for seed, place in places.items():
+            if place not in files:
+                files[place] = folder.stage(f"data, {place.name}", partial(_prepare, study, seed, place))
+                models[place] = folder.stage(
+                    f"SFT, {place.name}", partial(sft, recipe_of(study, seed), files[place], place)
+                )
+        configs = {
+            (seed, backend, scoring): config_of(
+                study, backend, scoring, seed, data=files[place].preferences, model=models[place]
             )
-    configs = {
-        (seed, backend, scoring): config_of(
-            study, backend, scoring, seed, data=files[place].preferences, model=models[place]
+            for seed, place in places.items()
+            for backend in study.backends
+            for scoring in study.scorings
+        }
+        folder.stage("shared passes", lambda: _share(study, configs, places))
+        folder.stage("ensembles", lambda: _measure(study, configs, places, files))
+        runs = [
+            read_run_of(backend, scoring, seed, places[seed], files[places[seed]]) for seed, backend, scoring in configs
+        ]
+        found = folder.stage(
+            "comparison", lambda: compare(runs, study.sizes, study.reference, same_pairs=study.world is None)
         )
-        for seed, place in places.items()
-        for backend in study.backends
-        for scoring in study.scorings
-    }
-    folder.stage("shared passes", lambda: _share(study, configs, places))
-    folder.stage("ensembles", lambda: _measure(study, configs, places, files))
-    runs = [
-        read_run_of(backend, scoring, seed, places[seed], files[places[seed]]) for seed, backend, scoring in configs
-    ]
-    found = folder.stage(
-        "comparison", lambda: compare(runs, study.sizes, study.reference, same_pairs=study.world is None)
-    )
-    folder.finish(study.name, study.seeds[0], found, tables(found))
+        folder.finish(study.name, study.seeds[0], found, tables(found))
     return found
 
 

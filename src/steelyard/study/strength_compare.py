@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from steelyard.errors import InputError
 from steelyard.members.cost import Cost
+from steelyard.report.blocks import over, seeds_of
 from steelyard.strength import detection, groups, spearman
 from steelyard.study.strength_intervals import auroc_intervals
 from steelyard.study.strength_runs import Run
@@ -240,7 +241,8 @@ def tables(found: Row) -> list[Row]:
                         f"less all {found['reference']}", "average precision", "monotonicity",
                         f"rank correlation with {found['reference']}", "tokens", "CPU"],
             "rows": rows,
-            "note": f"Mean ± std over {len(found['seeds'])} seeds; bootstrap intervals over seeds and {found['unit']}. "
+            "note": f"Mean ± std over {seeds_of(found['seeds'])}; bootstrap intervals over "
+            f"{over(len(found['seeds']), found['unit'])}. "
             f"Voted: share of pairs that these members judge. Less all {found['reference']}: paired, on the pairs that "
             f"both judge. Tokens and CPU in units of one {found['reference']} model; what members share is in every "
             "row.",
