@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,10 +230,13 @@ class TestRefusals:
         assert not (tmp_path / "out" / "study.yaml").exists()
         assert not (tmp_path / "out" / "sft").exists()
 
-    def test_a_mended_world_takes_the_place_of_the_one_refused(self, tmp_path: Path) -> None:
+    def test_the_world_of_a_refused_run_is_not_taken_for_the_mended_one(self, tmp_path: Path) -> None:
         arms: dict[str, Any] = {"arms": {"control": {}}, "seeds": [3]}
         with pytest.raises(InputError, match="needs at least 4 usable pairs"):
             run_contrastive(ContrastiveStudy(**TINY | arms | {"world": TINY["world"] | {"validation": 3}}), tmp_path)
+        with pytest.raises(InputError, match=r"data: holds the world of other settings.*; remove that folder"):
+            run_contrastive(ContrastiveStudy(**TINY | arms), tmp_path)
+        shutil.rmtree(tmp_path / "data")
         found = run_contrastive(ContrastiveStudy(**TINY | arms), tmp_path)
         assert found["accuracy"][0]["n"] == 16
 

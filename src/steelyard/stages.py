@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +82,10 @@ def _write_files(recipe: Recipe, out: Path) -> Files:
         folder, world = out / "data", world_config(recipe)
         kept = folder / FILES["world"]
         if kept.exists() and completed(json.loads(kept.read_text()), WorldConfig) != world.model_dump(mode="json"):
-            shutil.rmtree(folder)  # of a run that was refused for what its world held, and has been mended
+            raise InputError(
+                f"{folder}: holds the world of other settings, perhaps of a refused run; remove that folder, or "
+                "give another one (--out)"
+            )
         if not folder.exists():
             write_world(world, folder)
         path = {name: str(folder / file) for name, file in FILES.items()}
