@@ -294,6 +294,15 @@ def test_simulate_writes_a_world_and_relabels_pairs(here: Path, capsys: pytest.C
     assert f"{sum(t['wrong'] for t in truth)} of 12 labels are wrong" in capsys.readouterr().out
 
 
+def test_a_scorer_may_lie_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steelyard.scorer import load_scorer
+
+    (tmp_path / "my_scorer.py").write_text("def length(prompt, response):\n    return float(len(response))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as the console script has it
+    assert load_scorer("my_scorer:length")("?", "abc") == 3.0
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 REWARD = "train reward --model lm --out new --data prefs.jsonl --max-length 64"
