@@ -99,6 +99,9 @@ def shop(
     (folder / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}\n')
     (folder / "wrong.csv").write_text("question,a,b\n1,2,3\n")
     (folder / "bare").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text('{"data": "prefs.jsonl"}')
+    (folder / "run" / "model").symlink_to(language_model("llama"))
     for name, file, text in (("torn", "model.safetensors", "x"), ("bent", "config.json", "{")):
         (folder / name).mkdir()
         for source in Path(language_model("llama")).iterdir():
@@ -331,6 +334,8 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("train reward --model lm --out new --data wrong.csv", ["wrong.csv:2", "question, a, b", "chosen"]),
         ("train reward --model none --out new --data prefs.jsonl", ["none: no such model folder"]),
         ("train reward --model bare --out new --data prefs.jsonl", ["bare: a model folder must hold its tokenizer"]),
+        ("train reward --model run --out new --data prefs.jsonl", ["run: holds a run, not a model", "run/model"]),
+        (f"{PPO.replace('--reward-model rm', '--reward-model run')}", ["run: holds a run, not a model", "run/model"]),
         ("train reward --model torn --out new --data prefs.jsonl", ["torn: its weights are missing or damaged"]),
         ("train reward --model bent --out new --data prefs.jsonl", ["bent: its tokenizer or config.json cannot"]),
         ("train reward --model lm --out prompts.jsonl --data prefs.jsonl", ["prompts.jsonl must be a folder"]),
@@ -348,11 +353,12 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
             ["long.jsonl: 0 of 1 different prompts leave room", "lower sampling.max_new_tokens"],
         ),
         ("sample --policy none --prompts prompts.jsonl --out new", ["none: no such model folder"]),
+        ("sample --policy lm --reward-model run --prompts prompts.jsonl --out new", ["run: holds a run", "run/model"]),
         ("sample --policy lm --reward-model lm --prompts prompts.jsonl --out new", ["lm: holds", "train reward"]),
         ("sample --policy lm --prompts prompts.jsonl --out demos.jsonl", ["demos.jsonl: File exists"]),
         (f"{AUDIT} --scoring in-sample --folds 2", ["folds: no effect", "in-sample"]),
         (f"{AUDIT} --members 3", ["members must be a multiple of folds"]),
-        (f"{AUDIT} --truth-column trooth", ["prefs.jsonl:1: column 'trooth' must be 1, 0 or -1"]),
+        (f"{AUDIT} --truth-column trooth", ["prefs.jsonl: no column 'trooth'", "chosen", "truth, note"]),
         (f"{AUDIT} --backend fool", ["--backend", "'fool'", "full"]),
         (f"{AUDIT} --backend full --penalty 1", ["penalty: no effect with backend = full"]),
         ("repair --data prefs.jsonl --recipe flip --out r.jsonl", ["prefs.jsonl: no strengths in it", "audit"]),
@@ -361,6 +367,10 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("repair --data prefs.jsonl --recipe keep --out r.txt", ["r.txt: the name must end with .jsonl"]),
         ("evaluate reward --model lm --data held.jsonl --out new", ["lm: holds", "train reward"]),
         ("evaluate reward --model rm --data --out new", ["--data: must have at least 1"]),
+        (
+            "evaluate reward --model rm --rewardbench-prior shp x --out new",
+            ["rewardbench_prior", "no effect without rewardbench"],
+        ),
         ("evaluate reward --model rm --data held.jsonl --out demos.jsonl", ["demos.jsonl", "give another path"]),
         (
             "evaluate policy --sft lm --policies SFT lm --reward-model rm --prompts prompts.jsonl --out new",
