@@ -364,7 +364,8 @@ def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Pro
             f"= {config.prompts_per_step} needs more"
         )
     if not quiet:
-        print(f"{len(fits)} of {len(prompts)} prompts used; the others leave no room within max_length")
+        rest = "; the others leave no room within max_length" if len(fits) < len(prompts) else ""
+        print(f"{len(fits)} of {len(prompts)} prompts used{rest}")
     return [prompts[i] for i in fits], [ids[i] for i in fits], [rows[i].id for i in fits]
 
 
