@@ -20,7 +20,7 @@ from steelyard.cli import MODULES, VERBS, main, overview
 HELP = {
     "demo": ["--out", "--resume", "--set"],
     "audit": ["--data", "--model", "--truth-column", "--scoring", "--folds", "--member.optim.lr", "--rule.flip-above"],
-    "simulate": ["--out", "--preferences", "--noise.uniform", "--scorer"],
+    "simulate": ["--out", "--preferences", "--noise.uniform", "--data", "--scorer", " --uniform", "--on-invalid"],
     "train sft": ["--data", "--tokenizer", "--scratch.width", "--optim.lr", "--save-every"],
     "train reward": ["--data", "--model", "--validation", "--optim.warmup", "--margin-in-flip", "--resume"],
     "train dpo": ["--data", "--model", "--beta", "--reference", "--use-margin", "--optim.lr", "--answers", "--resume"],
@@ -43,12 +43,12 @@ HELP = {
     "evaluate features": ["--models", "--data", "--drawn", "--perplexity", "--folds", "--out"],
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
-    "study data": ["--out", "--resume", "--set"],
+    "study data": ["STUDY.yaml", "--out", "--resume", "--set", "scorers", "growing training sets: fractions"],
     "study policy": ["STUDY.yaml", "--set", "--out", "--resume", "cells", "arms", "repairs", "at_kl", "recommended"],
     "study rounds": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "arms"],
     "study strength": ["STUDY.yaml", "--set", "--out", "--resume", "backends", "sizes", "reference"],
     "report": ["--out"],
-    "run": ["--out", "--resume", "--set"],
+    "run": ["RECIPE.yaml", "--out", "--resume", "--set", "repair_from", "files: preferences, validation", "limit_eval"],
 }
 
 
@@ -108,6 +108,8 @@ def shop(
             (folder / name / source.name).write_bytes(source.read_bytes())
         (folder / name / file).write_text(text)
     (folder / "bad.yaml").write_text("data: [1, 2\nmodel: x\n")
+    (folder / "study.yaml").write_text("seeds: [0]\nworld: {}\ncells: []\nlooks: 3\n")
+    (folder / "recipe.yaml").write_text("world: {}\nscorings: [in-sample]\npolicy: {}\n")
     (folder / "unknown.yaml").write_text("data: prefs.jsonl\nmodel: lm\noptim: {lrr: 3}\n")
     (folder / "type.yaml").write_text("data: prefs.jsonl\nmodel: lm\nepochs: many\n")
     return folder
@@ -169,6 +171,27 @@ def test_each_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixture
     for option in HELP[verb]:
         assert option in text
     assert "default:" in text
+
+
+def test_the_help_of_a_file_says_what_its_fields_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["iterate", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "- sft: the SFT model's folder: round 1 starts from it, and it is the reference of the KL (required)",
+        "(one of metarm, plain, fixed; default: metarm)",
+        "- rounds: rounds at most (default: 4)",
+        "(one of gold, judge, nothing) - kl_price",
+    ):
+        assert said in told
+    assert main(["study", "data", "--help"]) == 0
+    assert "- policy:" not in capsys.readouterr().out, "a recipe's, refused here"
+
+
+def test_one_change_fits_every_file(fails: Any, tmp_path: Path) -> None:
+    """`device` is the example that the help of --set gives."""
+    (tmp_path / "empty.yaml").write_text("")
+    for verb in [v for v in VERBS if v.startswith("study")] + ["run", "iterate"]:
+        fails(f"{verb} {tmp_path}/empty.yaml --out {tmp_path}/out --set device=abacus", "device: must be cpu, cuda")
 
 
 # ---- the road, verb by verb ----------------------------------------------------------------------------------------
@@ -261,6 +284,7 @@ def test_from_strength_to_report_by_single_commands(here: Path, capsys: pytest.C
     baselines = capsys.readouterr().out.split("baselines: ")[1].strip()
     steps = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2"]
     assert main(["train", "ppo", *sample, "--baselines", baselines, "--out", "road/ppo/mine", *steps, *sampling]) == 0
+    assert "8 of 8 prompts used\n" in capsys.readouterr().out
     answering = ["--prompts", "prompts.jsonl", "--answers", "2", "--reward-model", "road/rm/model", *sampling]
     assert main(["train", "dpo", "--data", "held.jsonl", "--model", model, "--out", "road/dpo/his", *answering]) == 0
     arms = ["mine", "road/ppo/mine/model", "his", "road/dpo/his/model"]
@@ -386,6 +410,9 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("run", ["name the recipe"]),
         ("run none.yaml --out new", ["none.yaml: no such settings file"]),
         ("run type.yaml --out new", ["type.yaml: epochs: no such setting", "data: must be a section"]),
+        ("run study.yaml --out new", ["study.yaml: has the fields of a file for `steelyard study policy`"]),
+        ("study rounds recipe.yaml --out new", ["recipe.yaml: has the fields of a file for `steelyard run`; use that"]),
+        ("run recipe.yaml more.yaml --out new", ["Unrecognized options: more.yaml"]),
         ("demo --out new --set name", ["section.field=value, got 'name'"]),
         ("demo --out new --set strength.members=3", ["strength: members must be a multiple of folds"]),
         ("demo --out new --set policy.ppo.steps=many", ["policy.ppo.steps: must be a whole number, got 'many'"]),
