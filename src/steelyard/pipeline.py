@@ -23,7 +23,13 @@ from steelyard.summary import describe_run, tables
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Run every stage into `out` and write the report; returns the summary (also in summary.json)."""
+    """Run every stage into `out`; returns the summary (also in summary.json), from which `build_report` draws the page.
+
+    Raises:
+        InputError: the recipe contradicts itself, before anything runs; its files or models do not fit; or `out` holds
+            a run of another recipe, or one and `resume` is not set.
+        FloatingPointError, parallel.JobError: a stage's training, or a judge, failed.
+    """
     check(recipe)
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     stored = out / "recipe.yaml"

@@ -159,6 +159,10 @@ def train_ppo(
 
     `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
     it must leave the policy as it is.
+
+    Raises:
+        InputError: prompts, baselines, models or settings do not fit, or `out` holds a run that this cannot go on with.
+        FloatingPointError: something is not finite, or past a bound that `config` sets; names step and prompts.
     """
     check(config)
     run = RunDir.open(out, config, resume=resume)
