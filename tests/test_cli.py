@@ -158,6 +158,19 @@ def test_the_overview_names_every_verb_that_has_a_command() -> None:
     assert all(verb in overview() for verb in VERBS)
 
 
+def test_the_package_runs_without_its_script() -> None:
+    done = subprocess.run([sys.executable, "-m", "steelyard", "trein"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Did you mean `train`?" in done.stderr
+
+
+def test_the_report_names_a_command_that_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steelyard.settings import command_line
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/steelyard/__main__.py", "demo", "--set", "name=my run"])
+    assert command_line() == "steelyard demo --set 'name=my run'"
+
+
 @pytest.mark.parametrize("verb", ["simulate", "repair", "report"])
 def test_what_needs_no_model_does_not_wait_for_torch(verb: str) -> None:
     code = f"import sys; from steelyard.cli import main; main(['{verb}', '--help']); sys.exit('torch' in sys.modules)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass
@@ -98,8 +99,8 @@ def override(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was given, for the report."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as a shell takes it, for the report."""
+    return shlex.join(["steelyard", *sys.argv[1:]])
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:

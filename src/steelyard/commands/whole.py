@@ -21,7 +21,9 @@ from steelyard.summary import describe_run
 
 def demo(args: Args) -> None:
     """The built-in recipe `demo.yaml`, with overrides."""
-    about = VERBS["demo"] + ". --set changes fields of its recipe: `steelyard run --help` lists them"
+    about = VERBS["demo"] + (
+        ", in about ten minutes on two cores. --set changes its recipe, whose fields `steelyard run --help` lists"
+    )
     with resources.as_file(resources.files("steelyard") / "recipes" / "demo.yaml") as path:
         recipe, extra = from_file(Recipe, path, args, "demo", about, Path("runs/demo"))
     summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
