@@ -138,11 +138,12 @@ def test_a_prompts_own_offset_cancels(shift: float) -> None:
     assert_close(group_mean(moved, normalise=True), group_mean(rewards, normalise=True), atol=1e-5, rtol=1e-5)
 
 
-def test_one_response_has_nothing_to_compare_with() -> None:
+@pytest.mark.parametrize("shape", [(3, 1), (6,), (2, 2, 2)])
+def test_rewards_are_groups_of_two_responses_or_more(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        leave_one_out(torch.ones(3, 1))
+        leave_one_out(torch.ones(shape))
     with pytest.raises(ValueError, match="at least 2"):
-        group_mean(torch.ones(3, 1), normalise=True)
+        group_mean(torch.ones(shape), normalise=True)
 
 
 def test_over_greedy_by_hand() -> None:

@@ -20,7 +20,7 @@ from steelyard.cli import MODULES, VERBS, main, overview
 HELP = {
     "demo": ["--out", "--resume", "--set"],
     "audit": ["--data", "--model", "--truth-column", "--scoring", "--folds", "--member.optim.lr", "--rule.flip-above"],
-    "simulate": ["--out", "--preferences", "--noise.uniform", "--scorer"],
+    "simulate": ["--out", "--preferences", "--noise.uniform", "--data", "--scorer", " --uniform", "--on-invalid"],
     "train sft": ["--data", "--tokenizer", "--scratch.width", "--optim.lr", "--save-every"],
     "train reward": ["--data", "--model", "--validation", "--optim.warmup", "--margin-in-flip", "--resume"],
     "train dpo": ["--data", "--model", "--beta", "--reference", "--use-margin", "--optim.lr", "--answers", "--resume"],
@@ -43,12 +43,12 @@ HELP = {
     "evaluate features": ["--models", "--data", "--drawn", "--perplexity", "--folds", "--out"],
     "study contrastive": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "features_set"],
     "study metarm": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "control_etas"],
-    "study data": ["--out", "--resume", "--set"],
+    "study data": ["STUDY.yaml", "--out", "--resume", "--set", "scorers", "growing training sets: fractions"],
     "study policy": ["STUDY.yaml", "--set", "--out", "--resume", "cells", "arms", "repairs", "at_kl", "recommended"],
     "study rounds": ["STUDY.yaml", "--set", "--out", "--resume", "seeds", "arms"],
     "study strength": ["STUDY.yaml", "--set", "--out", "--resume", "backends", "sizes", "reference"],
     "report": ["--out"],
-    "run": ["--out", "--resume", "--set"],
+    "run": ["RECIPE.yaml", "--out", "--resume", "--set", "repair_from", "files: preferences, validation", "limit_eval"],
 }
 
 
@@ -99,12 +99,17 @@ def shop(
     (folder / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}\n')
     (folder / "wrong.csv").write_text("question,a,b\n1,2,3\n")
     (folder / "bare").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text('{"data": "prefs.jsonl"}')
+    (folder / "run" / "model").symlink_to(language_model("llama"))
     for name, file, text in (("torn", "model.safetensors", "x"), ("bent", "config.json", "{")):
         (folder / name).mkdir()
         for source in Path(language_model("llama")).iterdir():
             (folder / name / source.name).write_bytes(source.read_bytes())
         (folder / name / file).write_text(text)
     (folder / "bad.yaml").write_text("data: [1, 2\nmodel: x\n")
+    (folder / "study.yaml").write_text("seeds: [0]\nworld: {}\ncells: []\nlooks: 3\n")
+    (folder / "recipe.yaml").write_text("world: {}\nscorings: [in-sample]\npolicy: {}\n")
     (folder / "unknown.yaml").write_text("data: prefs.jsonl\nmodel: lm\noptim: {lrr: 3}\n")
     (folder / "type.yaml").write_text("data: prefs.jsonl\nmodel: lm\nepochs: many\n")
     return folder
@@ -153,6 +158,19 @@ def test_the_overview_names_every_verb_that_has_a_command() -> None:
     assert all(verb in overview() for verb in VERBS)
 
 
+def test_the_package_runs_without_its_script() -> None:
+    done = subprocess.run([sys.executable, "-m", "steelyard", "trein"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Did you mean `train`?" in done.stderr
+
+
+def test_the_report_names_a_command_that_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steelyard.settings import command_line
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/steelyard/__main__.py", "demo", "--set", "name=my run"])
+    assert command_line() == "steelyard demo --set 'name=my run'"
+
+
 @pytest.mark.parametrize("verb", ["simulate", "repair", "report"])
 def test_what_needs_no_model_does_not_wait_for_torch(verb: str) -> None:
     code = f"import sys; from steelyard.cli import main; main(['{verb}', '--help']); sys.exit('torch' in sys.modules)"
@@ -166,6 +184,27 @@ def test_each_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixture
     for option in HELP[verb]:
         assert option in text
     assert "default:" in text
+
+
+def test_the_help_of_a_file_says_what_its_fields_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["iterate", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "- sft: the SFT model's folder: round 1 starts from it, and it is the reference of the KL (required)",
+        "(one of metarm, plain, fixed; default: metarm)",
+        "- rounds: rounds at most (default: 4)",
+        "(one of gold, judge, nothing) - kl_price",
+    ):
+        assert said in told
+    assert main(["study", "data", "--help"]) == 0
+    assert "- policy:" not in capsys.readouterr().out, "a recipe's, refused here"
+
+
+def test_one_change_fits_every_file(fails: Any, tmp_path: Path) -> None:
+    """`device` is the example that the help of --set gives."""
+    (tmp_path / "empty.yaml").write_text("")
+    for verb in [v for v in VERBS if v.startswith("study")] + ["run", "iterate"]:
+        fails(f"{verb} {tmp_path}/empty.yaml --out {tmp_path}/out --set device=abacus", "device: must be cpu, cuda")
 
 
 # ---- the road, verb by verb ----------------------------------------------------------------------------------------
@@ -258,6 +297,7 @@ def test_from_strength_to_report_by_single_commands(here: Path, capsys: pytest.C
     baselines = capsys.readouterr().out.split("baselines: ")[1].strip()
     steps = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2"]
     assert main(["train", "ppo", *sample, "--baselines", baselines, "--out", "road/ppo/mine", *steps, *sampling]) == 0
+    assert "8 of 8 prompts used\n" in capsys.readouterr().out
     answering = ["--prompts", "prompts.jsonl", "--answers", "2", "--reward-model", "road/rm/model", *sampling]
     assert main(["train", "dpo", "--data", "held.jsonl", "--model", model, "--out", "road/dpo/his", *answering]) == 0
     arms = ["mine", "road/ppo/mine/model", "his", "road/dpo/his/model"]
@@ -294,6 +334,15 @@ def test_simulate_writes_a_world_and_relabels_pairs(here: Path, capsys: pytest.C
     assert f"{sum(t['wrong'] for t in truth)} of 12 labels are wrong" in capsys.readouterr().out
 
 
+def test_a_scorer_may_lie_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steelyard.scorer import load_scorer
+
+    (tmp_path / "my_scorer.py").write_text("def length(prompt, response):\n    return float(len(response))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as the console script has it
+    assert load_scorer("my_scorer:length")("?", "abc") == 3.0
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 REWARD = "train reward --model lm --out new --data prefs.jsonl --max-length 64"
@@ -322,6 +371,8 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("train reward --model lm --out new --data wrong.csv", ["wrong.csv:2", "question, a, b", "chosen"]),
         ("train reward --model none --out new --data prefs.jsonl", ["none: no such model folder"]),
         ("train reward --model bare --out new --data prefs.jsonl", ["bare: a model folder must hold its tokenizer"]),
+        ("train reward --model run --out new --data prefs.jsonl", ["run: holds a run, not a model", "run/model"]),
+        (f"{PPO.replace('--reward-model rm', '--reward-model run')}", ["run: holds a run, not a model", "run/model"]),
         ("train reward --model torn --out new --data prefs.jsonl", ["torn: its weights are missing or damaged"]),
         ("train reward --model bent --out new --data prefs.jsonl", ["bent: its tokenizer or config.json cannot"]),
         ("train reward --model lm --out prompts.jsonl --data prefs.jsonl", ["prompts.jsonl must be a folder"]),
@@ -339,11 +390,12 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
             ["long.jsonl: 0 of 1 different prompts leave room", "lower sampling.max_new_tokens"],
         ),
         ("sample --policy none --prompts prompts.jsonl --out new", ["none: no such model folder"]),
+        ("sample --policy lm --reward-model run --prompts prompts.jsonl --out new", ["run: holds a run", "run/model"]),
         ("sample --policy lm --reward-model lm --prompts prompts.jsonl --out new", ["lm: holds", "train reward"]),
         ("sample --policy lm --prompts prompts.jsonl --out demos.jsonl", ["demos.jsonl: File exists"]),
         (f"{AUDIT} --scoring in-sample --folds 2", ["folds: no effect", "in-sample"]),
         (f"{AUDIT} --members 3", ["members must be a multiple of folds"]),
-        (f"{AUDIT} --truth-column trooth", ["prefs.jsonl:1: column 'trooth' must be 1, 0 or -1"]),
+        (f"{AUDIT} --truth-column trooth", ["prefs.jsonl: no column 'trooth'", "chosen", "truth, note"]),
         (f"{AUDIT} --backend fool", ["--backend", "'fool'", "full"]),
         (f"{AUDIT} --backend full --penalty 1", ["penalty: no effect with backend = full"]),
         ("repair --data prefs.jsonl --recipe flip --out r.jsonl", ["prefs.jsonl: no strengths in it", "audit"]),
@@ -352,6 +404,10 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("repair --data prefs.jsonl --recipe keep --out r.txt", ["r.txt: the name must end with .jsonl"]),
         ("evaluate reward --model lm --data held.jsonl --out new", ["lm: holds", "train reward"]),
         ("evaluate reward --model rm --data --out new", ["--data: must have at least 1"]),
+        (
+            "evaluate reward --model rm --rewardbench-prior shp x --out new",
+            ["rewardbench_prior", "no effect without rewardbench"],
+        ),
         ("evaluate reward --model rm --data held.jsonl --out demos.jsonl", ["demos.jsonl", "give another path"]),
         (
             "evaluate policy --sft lm --policies SFT lm --reward-model rm --prompts prompts.jsonl --out new",
@@ -367,6 +423,9 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("run", ["name the recipe"]),
         ("run none.yaml --out new", ["none.yaml: no such settings file"]),
         ("run type.yaml --out new", ["type.yaml: epochs: no such setting", "data: must be a section"]),
+        ("run study.yaml --out new", ["study.yaml: has the fields of a file for `steelyard study policy`"]),
+        ("study rounds recipe.yaml --out new", ["recipe.yaml: has the fields of a file for `steelyard run`; use that"]),
+        ("run recipe.yaml more.yaml --out new", ["Unrecognized options: more.yaml"]),
         ("demo --out new --set name", ["section.field=value, got 'name'"]),
         ("demo --out new --set strength.members=3", ["strength: members must be a multiple of folds"]),
         ("demo --out new --set policy.ppo.steps=many", ["policy.ppo.steps: must be a whole number, got 'many'"]),

@@ -197,6 +197,8 @@ def test_half_precision_is_computed_in_float32_and_shapes_must_agree() -> None:
             wrong()
     with pytest.raises(ValueError, match="one shape"):
         swav(h, h[:1], h, temperature=0.1, **SINKHORN)
+    with pytest.raises(ValueError, match=r"got \(3, 4\) and \(3, 2\)"):
+        swav(h, h, h[:, :2], temperature=0.1, **SINKHORN)
 
 
 # Dropout

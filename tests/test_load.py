@@ -187,6 +187,8 @@ def test_a_file_without_one_good_row_is_refused_even_when_skipping(tmp_path: Pat
     with pytest.raises(InputError, match="2 of 2 rows are malformed") as caught:
         load_preferences(put(tmp_path, lines("{", "[]")), on_invalid="skip")
     assert "--on-invalid" not in str(caught.value)
+    with pytest.raises(InputError, match=r"Mend the file\.$"):
+        load_preferences(put(tmp_path, lines("{", "[")))  # nothing would be left
 
 
 def test_findings_are_reported_and_never_stop(tmp_path: Path) -> None:
@@ -350,6 +352,8 @@ def test_prompts(tmp_path: Path) -> None:
     broken = put(tmp_path, lines({"prompt": "a"}, {"question": "b"}))
     with pytest.raises(InputError, match=r"prefs\.jsonl:2: columns received: question; a prompt needs 'prompt'"):
         load_prompts(broken)
+    with pytest.raises(InputError, match=r"or leave these rows out with on_invalid='skip' \(in Python\)\.$"):
+        load_prompts(broken)  # no command that reads prompts has the option
     assert len(load_prompts(broken, on_invalid="skip").items) == 1
 
 

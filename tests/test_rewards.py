@@ -212,6 +212,15 @@ def test_references_go_with_relative_rewards_only() -> None:
         relative(torch.ones(2), torch.ones(2, 2), "lsc")
 
 
+def test_a_misspelt_name_is_not_taken_for_another() -> None:
+    with pytest.raises(ValueError, match="how must be one of plain, contrastive, par, lsc, got 'parr'"):
+        references(torch.ones(2, 2), "parr")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"how must be one of .*, got 'parr'"):
+        relative(torch.ones(2), torch.ones(2, 2), "parr")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="baseline must be one of mean, shrunk, got 'mena'"):
+        references(torch.ones(2, 2), "contrastive", baseline="mena")  # type: ignore[arg-type]
+
+
 # Ensembles
 
 

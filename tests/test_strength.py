@@ -208,6 +208,8 @@ def test_impossible_plans_are_refused() -> None:
         out_of_fold_plan("abcdef", members=0, folds=2, seed=0)
     with pytest.raises(InputError, match="at least 2"):
         out_of_fold_plan("abcdef", members=1, folds=1, seed=0)
+    with pytest.raises(InputError, match="seed must be at least 0, got -1"):
+        out_of_fold_plan("abcdef", members=2, folds=2, seed=-1)
 
 
 # temperature, detection, rank correlation

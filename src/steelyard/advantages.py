@@ -86,12 +86,10 @@ def leave_one_out(rewards_BK: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         A_k = r_k - 1/(K-1) sum_{j != k} r_j = K/(K-1) (r_k - mean r)
 
     Raises:
-        ValueError: fewer than two responses a prompt.
+        ValueError: not (B, K), or fewer than two responses a prompt.
     """
-    k = rewards_BK.shape[-1]
-    if k < 2:
-        raise ValueError(f"leave-one-out needs at least 2 responses to each prompt, got {k}; sample more")
-    rewards_BK = rewards_BK.float()
+    _require_groups(rewards_BK)
+    k, rewards_BK = rewards_BK.shape[1], rewards_BK.float()
     return (rewards_BK - rewards_BK.mean(-1, keepdim=True)) * (k / (k - 1))
 
 
@@ -104,13 +102,21 @@ def group_mean(rewards_BK: Float[Tensor, "B K"], *, normalise: bool) -> Float[Te
     The std is the population's (the paper does not say); a prompt whose rewards are all equal gives 0.
 
     Raises:
-        ValueError: fewer than two responses a prompt (every advantage would be 0).
+        ValueError: not (B, K), or fewer than two responses a prompt (every advantage would be 0).
     """
-    if rewards_BK.shape[-1] < 2:
-        raise ValueError(f"a group needs at least 2 responses, got {rewards_BK.shape[-1]}; sample more")
+    _require_groups(rewards_BK)
     variance, mean = torch.var_mean(rewards_BK.float(), dim=-1, correction=0, keepdim=True)
     centred = rewards_BK.float() - mean
     return centred * torch.rsqrt(variance + VARIANCE_FLOOR) if normalise else centred
+
+
+def _require_groups(rewards_BK: Tensor) -> None:
+    # A flat batch would pass for one prompt's responses, and be centred on the mean of all prompts.
+    if rewards_BK.ndim != 2 or rewards_BK.shape[1] < 2:
+        raise ValueError(
+            f"rewards must be (B, K) with at least 2 responses to each prompt, got {tuple(rewards_BK.shape)}; sample "
+            "more, or give each prompt's rewards a row (view(-1, K))"
+        )
 
 
 @torch.no_grad()

@@ -67,7 +67,10 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def sample_baselines(config: BaselineConfig, out: Path) -> Path:
-    """Write (or find) the responses and, with a reward model, their scores in `out`; returns the last file."""
+    """Write (or find) the responses and, with a reward model, their scores in `out`; returns the last file.
+
+    Raises InputError if a model or the prompts cannot be read, the models' tokenizers differ, or no prompt leaves room.
+    """
     encoder = Encoder.load(config.policy, max_length=config.max_length)
     if config.reward_model is not None:
         require_reward_model(config.reward_model)

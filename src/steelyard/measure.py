@@ -49,6 +49,12 @@ def measure(
     (id -> reason), result.json.
     `truth` (1 right, -1 wrong, 0 tie, by id) and `noise` (what made it wrong) are compared with the outcome and never
     used before.
+
+    Raises:
+        InputError: the settings contradict each other; no pair can be used; `preferences` are not those of
+            `config.data`, though members read that (all kinds but head); `out` holds a run that this cannot go on with,
+            or the strengths of other pairs.
+        FloatingPointError, parallel.JobError: the training of a member failed.
     """
     check(config)
     began = time.perf_counter()
@@ -241,6 +247,9 @@ def _save_scores(path: Path, scores: Float[np.ndarray, "M N 2"], index: Sequence
 
 
 def read_scores(folder: Path) -> tuple[Float[np.ndarray, "M N 2"], list[int]]:
-    """The members' scores of chosen and rejected (NaN: did not judge), and which preferences they belong to."""
+    """The members' scores of chosen and rejected (NaN: did not judge), and which preferences they belong to.
+
+    Raises FileNotFoundError if `folder` holds no finished measurement.
+    """
     stored = np.load(folder / "margins.npz")
     return stored["scores"], stored["index"].tolist()

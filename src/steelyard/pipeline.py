@@ -22,9 +22,12 @@ from steelyard.summary import Stages, describe_run, tables
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
-    """Run every stage into `out`; returns the summary (also in summary.json).
+    """Run every stage into `out`; returns the summary (also in summary.json), from which `build_report` draws the page.
 
-    Raises InputError for a recipe that cannot be run, or a folder that is in use or holds another run.
+    Raises:
+        InputError: the recipe contradicts itself, before anything runs; its files or models do not fit; or `out` is
+            in use, or holds a run of another recipe, or one and `resume` is not set.
+        FloatingPointError, parallel.JobError: a stage's training, or a judge, failed.
     """
     check(recipe)
     lock = acquire(out)

@@ -68,9 +68,9 @@ class Recipe(Config):
     name: str = Field("run", description="title of the report")
     seed: int = Field(0, ge=0, description="seed of every stage that does not set its own")
     world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
-    data: DataConfig | None = Field(None, description="or the user's files")
+    data: DataConfig | None = Field(None, description="or the user's files: " + ", ".join(DataConfig.model_fields))
     model: str = Field("scratch", description="model folder to start from, or `scratch` (small world)")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
+    sft: Settings | None = Field(None, description="fields of `steelyard train sft`; none given: the model as it comes")
     strength: Settings = Field(default_factory=dict, description="fields of `steelyard strength`")
     scorings: tuple[Scoring, ...] = Field(("out-of-fold",), description="which strengths are measured")
     repair_from: Scoring = Field("out-of-fold", description="the strength that repairs read")
@@ -79,7 +79,9 @@ class Recipe(Config):
         description="arm -> fields of `steelyard repair`, and `reward`: what differs in its reward model's training",
     )
     reward: Settings = Field(default_factory=dict, description="fields of `steelyard train reward`, for all arms")
-    policy: PolicyConfig | None = Field(None, description="baselines, PPO and evaluation; none given: stop before")
+    policy: PolicyConfig | None = Field(
+        None, description=", ".join(PolicyConfig.model_fields) + "; none given: stop before them"
+    )
     device: Device = "cpu"
     workers: int | None = Field(
         None, ge=1, description="arms trained side by side; none given: one per CPU, on a GPU one"

@@ -19,7 +19,7 @@ several models are aggregated before any of this.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,8 +79,11 @@ def references(
         pooled: lsc's percentile is that of all prompts' baselines together.
 
     Raises:
-        ValueError: as `percentile` and `shrunk_means` do; or a baseline that `how` does not read.
+        ValueError: as `percentile` and `shrunk_means` do; an unknown `how` or `baseline`; or one that `how` does not
+            read.
     """
+    _require_one_of(Transform, "how", how)
+    _require_one_of(Baseline, "baseline", baseline)
     if baseline != "mean" and how != "contrastive":
         raise ValueError(f"baseline = {baseline} goes with contrastive rewards, got {how!r}")
     if how == "lsc":
@@ -97,8 +100,10 @@ def relative(
     """Rewards set against each prompt's `references`: `contrastive`, `par` or `lsc`; plain rewards as they are.
 
     Raises:
-        ValueError: references are missing or do not fit, or stand beside plain rewards, which would not read them.
+        ValueError: an unknown `how`; references are missing or do not fit, or stand beside plain rewards, which would
+            not read them.
     """
+    _require_one_of(Transform, "how", how)
     if (references_Bk is None) != (how == "plain"):
         raise ValueError(f"references go with contrastive, par and lsc, got {how!r} and {references_Bk is not None}")
     if references_Bk is None:
@@ -112,6 +117,11 @@ def relative(
             )
         return lsc(rewards_B, references_Bk[:, 0])
     return par(rewards_B, references_Bk) if how == "par" else contrastive(rewards_B, references_Bk)
+
+
+def _require_one_of(names: object, field: str, value: str) -> None:
+    if value not in get_args(names):
+        raise ValueError(f"{field} must be one of {', '.join(get_args(names))}, got {value!r}")
 
 
 def shape(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 
 from steelyard.errors import InputError
@@ -13,8 +15,12 @@ Scorer = Callable[[Prompt, str], float]
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function named `module:function`. Raises InputError if there is none."""
+    """The function named `module:function`, whose module may lie in the current folder. Raises InputError if there is
+    none."""
     module, _, attribute = name.partition(":")
+    # `python -m` looks there, the console script does not. It stays, for what the module imports later.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

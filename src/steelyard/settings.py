@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass
@@ -39,15 +40,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def parse(config: type[C], args: Sequence[str], *, verb: str, about: str, **extra: Any) -> tuple[C, Any]:
-    """(configuration, other options) from `[settings.yaml] --option value ...`.
+def parse(
+    config: type[C], args: Sequence[str], *, verb: str, about: str, yaml_first: bool = True, **extra: Any
+) -> tuple[C, Any]:
+    """(configuration, other options) from `[settings.yaml] --option value ...`; without `yaml_first`, options alone.
 
     `extra` are options beside the configuration: name -> (type, default or tyro.MISSING, help). Only fields that the
     file or an option names count as set, even at their default. Unknown or unreadable options end the program with
     their names (status 2, as tyro does). Raises InputError for everything else.
     """
     args = list(args)
-    path = args.pop(0) if args and args[0].endswith((".yaml", ".yml")) else None
+    path = args.pop(0) if yaml_first and args and args[0].endswith((".yaml", ".yml")) else None
+    if yaml_first:
+        about += (
+            f".\n\nSettings may stand in a YAML file, given first: `steelyard {verb} settings.yaml ...`; options win"
+        )
     given = {} if path is None else read_yaml(path)
     fields: list[Any] = [("settings", Annotated[_draft(config, given), tyro.conf.arg(name="")])]
     for name, (kind, value, text) in extra.items():
@@ -92,8 +99,8 @@ def override(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was given, for the report."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as a shell takes it, for the report."""
+    return shlex.join(["steelyard", *sys.argv[1:]])
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:

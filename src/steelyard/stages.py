@@ -154,9 +154,13 @@ def _read_truth(path: Path) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def truth_column(preferences: Sequence[Preference], column: str | None, file: str) -> dict[str, int] | None:
-    """The truth by id from a column of the file; None without a column. Raises InputError for other values."""
+    """The truth by id from a column of the file; None without a column. Raises InputError if no row has it, and for
+    other values."""
     if column is None:
         return None
+    columns = dict.fromkeys(name for p in preferences for name in p.row)
+    if preferences and column not in columns:
+        raise InputError(f"{file}: no column {column!r} (truth_column); its columns: {', '.join(columns)}")
     truth = {}
     for p in preferences:
         value = p.row.get(column)

@@ -179,6 +179,8 @@ def out_of_fold_plan(
         raise InputError(f"folds must be at least 2 (something must be left to train on), got {folds}")
     if members < folds or members % folds:
         raise InputError(f"members must be a multiple of folds, got {members} members and {folds} folds")
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, got {seed}")
     counts = Counter(prompt_keys)
     if len(counts) < folds:
         raise InputError(

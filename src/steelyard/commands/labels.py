@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -22,19 +23,28 @@ from steelyard.simulate.write import WorldConfig, write_world
 
 def simulate(args: Args) -> None:
     """A small world; or, with --data and --scorer, the user's pairs relabelled by noisy annotators."""
-    if not any(a.partition("=")[0] == "--data" for a in args):
-        config, extra = parse(
-            WorldConfig, args, verb="simulate", out=OUT,
-            about=VERBS["simulate"] + ". To relabel your own pairs: `--data FILE --scorer module:function --out FILE`",
-        )  # fmt: skip
-        for name, path in write_world(config, extra.out).items():
-            print(f"{name}: {path}")
-        return
+    if any(a.partition("=")[0] == "--data" for a in args):
+        return _relabel(args)
+    if {"-h", "--help"} & set(args):
+        with contextlib.suppress(SystemExit):  # with which a help ends
+            _write_world(args)
+        return _relabel(args)
+    return _write_world(args)
+
+
+def _write_world(args: Args) -> None:
+    about = "write a small world with a known truth; with --data, relabel your own pairs"
+    config, extra = parse(WorldConfig, args, verb="simulate", about=about, out=OUT)
+    for name, path in write_world(config, extra.out).items():
+        print(f"{name}: {path}")
+
+
+def _relabel(args: Args) -> None:
     noise, extra = parse(
-        AnnotatorConfig, args, verb="simulate", about="relabel pairs with simulated annotators of known noise",
+        AnnotatorConfig, args, verb="simulate", about="with --data: relabel pairs with noisy annotators",
         data=(str, tyro.MISSING, "preferences to relabel"),
         scorer=(str, tyro.MISSING, "module:function (prompt, response) -> float that knows the truth"),
-        out=(Path, tyro.MISSING, "file to write (.jsonl, .csv, .parquet); the truth goes to FILE.truth.jsonl"),
+        out=(Path, tyro.MISSING, "file to write (.jsonl, .csv, .parquet); the truth goes to NAME.truth.jsonl"),
         seed=(int, 0, "seed of the annotators"), on_invalid=(OnInvalid, "error", "malformed rows: error or skip"),
     )  # fmt: skip
     loaded = load_preferences(extra.data, on_invalid=extra.on_invalid)
@@ -55,7 +65,7 @@ def repair_command(args: Args) -> None:
     options, extra = parse(
         RepairOptions, args, verb="repair", about=VERBS["repair"],
         data=(str, tyro.MISSING, "annotated preferences, as `audit` or `strength` write them"),
-        out=(Path, tyro.MISSING, "file to write: .jsonl, .csv or .parquet"),
+        out=(Path, tyro.MISSING, "file to write (.jsonl, .csv, .parquet); the evidence goes to NAME.changes.jsonl"),
         on_invalid=(OnInvalid, "error", "malformed rows: error or skip"),
     )  # fmt: skip
     if options.recipe == "oracle flip":

@@ -23,9 +23,9 @@ def report(args: Args) -> None:
         out: Path | None = Field(None, description="page to write; none given: report.html in the run folder")
 
     if not args or args[0].startswith("-"):
-        parse(ReportOptions, args, verb="report RUN", about=VERBS["report"])
+        parse(ReportOptions, args, verb="report RUN", about=VERBS["report"], yaml_first=False)
         raise InputError("name the run folder: `steelyard report runs/demo`")
-    options, _ = parse(ReportOptions, args[1:], verb="report RUN", about=VERBS["report"])
+    options, _ = parse(ReportOptions, args[1:], verb="report RUN", about=VERBS["report"], yaml_first=False)
     print(f"report: {build_report(Path(args[0]), options.out)}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from steelyard.commands.common import Args
 from steelyard.commands.files import study
+from steelyard.config import Config
 from steelyard.study.contrastive import ContrastiveStudy, run_contrastive
 from steelyard.study.data import run_data_study
 from steelyard.study.data_config import DataStudy
@@ -15,11 +17,14 @@ from steelyard.study.policy_config import PolicyStudy
 from steelyard.study.rounds import RoundsStudy, run_rounds_study
 from steelyard.study.strength import StrengthStudy, run_strength_study
 
+STUDIES: dict[str, tuple[type[Config], Callable[..., dict[str, Any]]]] = {
+    "contrastive": (ContrastiveStudy, run_contrastive),
+    "data": (DataStudy, run_data_study),
+    "metarm": (MetaRMStudy, run_metarm),
+    "rounds": (RoundsStudy, run_rounds_study),
+    "policy": (PolicyStudy, run_policy_study),
+    "strength": (StrengthStudy, run_strength_study),
+}
 COMMANDS: dict[str, Callable[[Args], None]] = {
-    "study contrastive": study(ContrastiveStudy, run_contrastive, "study contrastive"),
-    "study data": study(DataStudy, run_data_study, "study data"),
-    "study metarm": study(MetaRMStudy, run_metarm, "study metarm"),
-    "study rounds": study(RoundsStudy, run_rounds_study, "study rounds"),
-    "study policy": study(PolicyStudy, run_policy_study, "study policy"),
-    "study strength": study(StrengthStudy, run_strength_study, "study strength"),
+    f"study {name}": study(config, function, f"study {name}") for name, (config, function) in STUDIES.items()
 }

@@ -10,7 +10,6 @@ from typing import Any
 from steelyard.cli import VERBS
 from steelyard.commands.common import Args, show
 from steelyard.commands.files import from_file, study
-from steelyard.errors import InputError
 from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
 from steelyard.pipeline import run_recipe
 from steelyard.recipe import Recipe
@@ -22,22 +21,11 @@ from steelyard.summary import describe_run
 
 def demo(args: Args) -> None:
     """The built-in recipe `demo.yaml`, with overrides."""
-    recipe = resources.files("steelyard") / "recipes" / "demo.yaml"
-    with resources.as_file(recipe) as path:
-        _run(path, args, "demo", Path("runs/demo"))
-
-
-def run(args: Args) -> None:
-    """A recipe from a YAML file."""
-    if not args or args[0].startswith("-"):
-        if "-h" in args or "--help" in args:
-            _run(Path(), ["--help"], "run RECIPE.yaml", None)
-        raise InputError("name the recipe: `steelyard run recipe.yaml --out runs/name`")
-    _run(Path(args[0]), args[1:], "run", None)
-
-
-def _run(path: Path, args: Args, verb: str, out: Path | None) -> None:
-    recipe, extra = from_file(Recipe, path, args, verb, VERBS[verb.split()[0]], out)
+    about = VERBS["demo"] + (
+        ", in about ten minutes on two cores. --set changes its recipe, whose fields `steelyard run --help` lists"
+    )
+    with resources.as_file(resources.files("steelyard") / "recipes" / "demo.yaml") as path:
+        recipe, extra = from_file(Recipe, path, args, "demo", about, Path("runs/demo"))
     summary = run_recipe(recipe, extra.out, resume=extra.resume, command=command_line())
     page = build_report(extra.out)
     show(summary["tables"])
@@ -54,4 +42,8 @@ def rounds(config: RoundsConfig, out: Path, *, resume: bool, command: str) -> di
     return record
 
 
-COMMANDS = {"demo": demo, "run": run, "iterate": study(RoundsConfig, rounds, "iterate", "settings")}
+COMMANDS = {
+    "demo": demo,
+    "run": study(Recipe, run_recipe, "run", "recipe"),
+    "iterate": study(RoundsConfig, rounds, "iterate", "settings"),
+}

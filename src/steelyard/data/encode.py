@@ -82,6 +82,7 @@ class Encoder:
 
         if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such model folder (tokenizer_config.json is missing); download one first")
+        refuse_run(folder)
         if not (Path(folder) / "tokenizer_config.json").exists():
             raise InputError(f"{folder}: a model folder must hold its tokenizer (tokenizer_config.json is missing)")
         try:
@@ -230,6 +231,13 @@ class Encoder:
         tail = self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return int(tail[0]) if tail and tail[0] in special else self.tokenizer.eos_token_id
+
+
+def refuse_run(folder: str | Path) -> None:
+    """Raise InputError, naming the model in it, if a training run's folder is given for a model's."""
+    inner = Path(folder) / "model"
+    if (inner / "config.json").exists() and not (Path(folder) / "tokenizer_config.json").exists():
+        raise InputError(f"{folder}: holds a run, not a model; name the model in it: {inner}")
 
 
 class OverlongError(ValueError):

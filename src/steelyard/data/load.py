@@ -36,6 +36,7 @@ from steelyard.errors import InputError
 from steelyard.types import Preference, Prompt, Strength
 
 OnInvalid = Literal["error", "skip"]
+_OPTION = "--on-invalid skip (on_invalid: skip in YAML, on_invalid='skip' in Python)"  # commands on preferences have it
 T = TypeVar("T")
 
 FINDINGS = {
@@ -182,7 +183,7 @@ def load_preferences(
             strengths[id] = strength
         return preference
 
-    parsed = _parse(read, parse)
+    parsed = _parse(read, parse, _OPTION)
     preferences: list[Preference] = []
     outcomes: list[int | Problem] = []
     for row, item in zip(read.rows, parsed, strict=True):
@@ -280,8 +281,10 @@ def _read(path: Path, on_invalid: str, limit: int | None, split: str | None) -> 
     return _Read(file, rows, plain, lines, unreadable, on_invalid == "skip")
 
 
-def _parse(read: _Read, parse: Callable[[Row, str, str], T]) -> list[T | Problem]:
-    """Parse each row, or say why not. Raises `InputError` for malformed rows unless they are to be skipped."""
+def _parse(
+    read: _Read, parse: Callable[[Row, str, str], T], option: str = "on_invalid='skip' (in Python)"
+) -> list[T | Problem]:
+    """Parse each row, or say why not. Raises `InputError`, naming `option`, for malformed rows not to be skipped."""
     parsed: list[T | Problem] = []
     stem = Path(read.file).name.removesuffix(".gz").rpartition(".")
     used: dict[str, int] = {}
@@ -293,11 +296,11 @@ def _parse(read: _Read, parse: Callable[[Row, str, str], T]) -> list[T | Problem
             parsed.append(Problem(error.kind, read.file, line, str(error)))
     bad = read.unreadable + [p for p in parsed if isinstance(p, Problem) and p.kind not in FINDINGS]
     if bad and (not read.skip or len(bad) == len(parsed) + len(read.unreadable)):
-        raise InputError(_refusal(read, sorted(bad, key=lambda problem: problem.line)))
+        raise InputError(_refusal(read, sorted(bad, key=lambda problem: problem.line), option))
     return parsed
 
 
-def _refusal(read: _Read, bad: list[Problem]) -> str:
+def _refusal(read: _Read, bad: list[Problem], option: str) -> str:
     kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(problem.kind for problem in bad).most_common())
     total = len(read.rows) + len(read.unreadable)
     lines = [f"{read.file}: {len(bad)} of {total} rows are malformed ({kinds}):"]
@@ -308,7 +311,7 @@ def _refusal(read: _Read, bad: list[Problem]) -> str:
         last = problem.message
     if len(bad) > 10:
         lines.append(f"  and {len(bad) - 10} more")
-    skip = "" if read.skip else ", or leave these rows out with --on-invalid skip (on_invalid='skip')"
+    skip = "" if read.skip or len(bad) == total else f", or leave these rows out with {option}"
     return "\n".join([*lines, f"Mend the file{skip}."])
 
 

@@ -59,6 +59,8 @@ class RewardEvaluationConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> RewardEvaluationConfig:
+        if self.rewardbench_prior and self.rewardbench is None:
+            raise ValueError("rewardbench_prior: no effect without rewardbench; give RewardBench's own file with it")
         if self.data is None and not (self.rewardbench or self.rewardbench2 or self.rm_bench):
             raise ValueError("nothing to examine on: give data (preference files) or a benchmark's file")
         if self.data is None and self.strength is not None:
@@ -154,13 +156,7 @@ def training_length(folder: str, asked: int | None) -> int:
     Says so where the two differ, and where a checkpoint of earlier versions or other tools keeps none (then 512).
     Raises InputError if the folder holds no model.
     """
-    try:
-        model = read_config(folder)
-    except InputError:
-        if (inner := Path(folder) / "model").joinpath("config.json").exists():
-            raise InputError(f"{folder}: holds a run, not a model; name the model in it: {inner}") from None
-        raise
-    trained: int | None = getattr(model, "steelyard_max_length", None)
+    trained: int | None = getattr(read_config(folder), "steelyard_max_length", None)
     if asked is None and trained is None:
         print(f"{folder}: does not say with which max_length it was trained; {UNKNOWN_LENGTH} is taken", flush=True)
     elif asked is not None and trained is not None and asked != trained:
@@ -272,8 +268,6 @@ def read_benchmarks(
     *, first: str | None, prior: Mapping[str, str], second: str | None, rm: Sequence[str]
 ) -> dict[str, Scorer]:
     """What is to be scored, by name, its files read and checked. Raises InputError for files that do not fit."""
-    if prior and first is None:
-        raise InputError("rewardbench_prior: no effect without rewardbench; give its file too")
     if unknown := sorted(set(prior) - set(PRIOR_SETS)):
         raise InputError(f"rewardbench_prior: must name {', '.join(PRIOR_SETS)}; got {', '.join(unknown)}")
     found: dict[str, Scorer] = {}

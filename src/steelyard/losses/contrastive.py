@@ -81,9 +81,12 @@ def swav(
         epsilon, iterations: of `sinkhorn`; SwAV itself uses 0.05 and 3.
 
     Raises:
-        ValueError: the shapes of h_t and h_s differ.
+        ValueError: the shapes of h_t and h_s differ, or the prototypes have another width.
     """
     require_same_shape(h_t=h_t, h_s=h_s)
+    if h_t.shape[-1] != prototypes.shape[-1]:
+        shapes = f"{tuple(h_t.shape)} and {tuple(prototypes.shape)}"
+        raise ValueError(f"features and prototypes must be (N, D) and (K, D), got {shapes}")
     c = unit(prototypes)
     t_NK, s_NK = unit(h_t) @ c.T, unit(h_s) @ c.T
     q_t = sinkhorn(t_NK, epsilon=epsilon, iterations=iterations)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from steelyard.data.collate import collate
-from steelyard.data.encode import Tree
+from steelyard.data.encode import Tree, refuse_run
 from steelyard.errors import InputError
 from steelyard.models.trunk import Precision, run_trunk
 
@@ -25,6 +25,7 @@ def read_config(folder: str | Path) -> Any:
     """The model's configuration. Raises InputError if `folder` is not a checkpoint folder."""
     from transformers import AutoConfig
 
+    refuse_run(folder)
     if not (Path(folder) / "config.json").exists():
         raise InputError(
             f"{folder}: not a model folder (config.json is missing). Models are read from local folders in "

@@ -27,7 +27,7 @@ class ArmsStudy(Config):
     world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
     data: DataConfig | None = Field(None, description="or your files, as in a recipe; `validation` is needed")
     model: str = Field("scratch", description="model folder to start from, or `scratch` (small world)")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
+    sft: Settings | None = Field(None, description="fields of `steelyard train sft`; none given: the model as it comes")
     device: Device = "cpu"
     workers: int | None = Field(
         None, ge=1, description="reward models trained side by side; none given: one per CPU, on a GPU one"

@@ -12,7 +12,7 @@ from steelyard import recipe
 from steelyard.config import Config
 from steelyard.denoise import RECIPES, RepairOptions
 from steelyard.errors import InputError
-from steelyard.recipe import Recipe, Settings, build
+from steelyard.recipe import PolicyConfig, Recipe, Settings, build
 
 Analysis = Literal["bands", "growth", "bands_repair", "segments", "inflation", "arms"]
 Scorer = Literal["ensemble", "WARM"]
@@ -87,11 +87,24 @@ class DataStudy(Recipe):
     scorers: tuple[Scorer, ...] = Field(
         get_args(Scorer), description="arms beside the repairs: the strength's ensemble itself, and weight averages"
     )
-    bands: BandsConfig = Field(default_factory=BandsConfig, description="bands of strength")
-    growth: GrowthConfig = Field(default_factory=GrowthConfig, description="growing training sets")
-    bands_repair: BandsRepairConfig = Field(default_factory=BandsRepairConfig, description="repairs within bands")
-    dynamics: DynamicsConfig = Field(default_factory=DynamicsConfig, description="segments and inflation over steps")
-    warm: WarmConfig = Field(default_factory=WarmConfig, description="weight averages")
+    policy: PolicyConfig | None = None  # a recipe's; without a description, for it is refused here
+    bands: BandsConfig = Field(
+        default_factory=BandsConfig, description="bands of strength: " + ", ".join(BandsConfig.model_fields)
+    )
+    growth: GrowthConfig = Field(
+        default_factory=GrowthConfig, description="growing training sets: " + ", ".join(GrowthConfig.model_fields)
+    )
+    bands_repair: BandsRepairConfig = Field(
+        default_factory=BandsRepairConfig,
+        description="repairs within bands: " + ", ".join(BandsRepairConfig.model_fields),
+    )
+    dynamics: DynamicsConfig = Field(
+        default_factory=DynamicsConfig,
+        description="segments and inflation over steps: " + ", ".join(DynamicsConfig.model_fields),
+    )
+    warm: WarmConfig = Field(
+        default_factory=WarmConfig, description="weight averages: " + ", ".join(WarmConfig.model_fields)
+    )
 
     def wants(self, *analyses: Analysis) -> bool:
         """Whether one of these was asked for."""

@@ -107,7 +107,7 @@ class PolicyStudy(Config):
     world: Settings = Field(default_factory=dict, description="sizes of the small world (fields of `simulate`)")
     bias: Bias = Field("length", description="what systematic noise likes")
     model: str = Field("scratch", description="model folder to start from, or `scratch`")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
+    sft: Settings | None = Field(None, description="fields of `steelyard train sft`; none given: the model as it comes")
     strength: Settings = Field(default_factory=dict, description="fields of `steelyard strength`; repairs read it")
     scoring: Scoring = Field("out-of-fold", description="the strength that repairs read")
     repairs: dict[str, Settings] = Field(
@@ -125,7 +125,10 @@ class PolicyStudy(Config):
         default_factory=lambda: {PLAIN: {"reward": "plain"}, "contrastive": {"reward": "contrastive"}},
         description="name -> fields that differ; `members`: size of an ensemble of reward models; `method: dpo`",
     )
-    cells: tuple[CellBlock, ...] = Field(min_length=1, description="blocks of cells; the study is their union")
+    cells: tuple[CellBlock, ...] = Field(
+        min_length=1,
+        description="blocks of cells, whose union the study is, each: " + ", ".join(CellBlock.model_fields),
+    )
     looks: int = Field(6, ge=1, description="points of a run at which its policy answers the held-out prompts")
     evaluate: Settings = Field(default_factory=dict, description="how: fields of `steelyard evaluate policy`")
     at_kl: tuple[float, ...] = Field((1.0, 2.0, 4.0), description="distances (nats) at which arms are compared")

@@ -44,7 +44,7 @@ class RoundsStudy(Config):
         default_factory=dict, description="the built-in small world (fields of `steelyard simulate`)"
     )
     model: str = Field("scratch", description="model folder to start from, or `scratch`")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
+    sft: Settings | None = Field(None, description="fields of `steelyard train sft`; none given: the model as it comes")
     reward: Settings = Field(default_factory=dict, description="fields of `train reward`: the first reward models")
     iterate: Settings = Field(default_factory=dict, description="fields of `iterate`, for all arms that have them")
     arms: dict[str, Settings] = Field(

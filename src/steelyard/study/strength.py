@@ -48,7 +48,7 @@ class StrengthStudy(Config):
     world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
     data: DataConfig | None = Field(None, description="or your file: preferences, truth_column, limit, on_invalid")
     model: str = Field("scratch", description="model folder to start from, or `scratch` (small world)")
-    sft: Settings | None = Field(None, description="supervised fine-tuning; none given: the model as it comes")
+    sft: Settings | None = Field(None, description="fields of `steelyard train sft`; none given: the model as it comes")
     strength: Settings = Field(
         default_factory=dict, description="fields of `steelyard strength` for all backends; each takes those it reads"
     )

@@ -112,7 +112,11 @@ def train_dpo(
     """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
 
     `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
-    it must leave the policy as it is. Raises FloatingPointError, naming the step, for a gradient that is not finite.
+    it must leave the policy as it is.
+
+    Raises:
+        InputError: the data, the models or the settings do not fit, or `out` holds a run that this cannot go on with.
+        FloatingPointError: a gradient is not finite; names the step.
     """
     run = RunDir.open(out, config, resume=resume)
     with run:

@@ -100,7 +100,13 @@ def train_metarm(
     config: MetaRMConfig, out: Path, *, resume: bool = False, quiet: bool = False, group: Group = ALONE
 ) -> dict[str, Any]:
     """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result (in a group, the first
-    process's)."""
+    process's).
+
+    Raises:
+        InputError: the data, the meta file, the model or the settings do not fit, or `out` holds a run that this cannot
+            go on with.
+        FloatingPointError: a gradient is not finite; names the step.
+    """
     quiet = quiet or not group.first
     with GroupRun(group, out, config, resume=resume) as run:
         if run.finished:

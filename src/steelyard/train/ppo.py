@@ -159,6 +159,10 @@ def train_ppo(
 
     `look(step, steps, policy)` is called after each step and before its checkpoint, so a resumed run may repeat calls;
     it must leave the policy as it is.
+
+    Raises:
+        InputError: prompts, baselines, models or settings do not fit, or `out` holds a run that this cannot go on with.
+        FloatingPointError: something is not finite, or past a bound that `config` sets; names step and prompts.
     """
     check(config)
     run = RunDir.open(out, config, resume=resume)
@@ -364,7 +368,8 @@ def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Pro
             f"= {config.prompts_per_step} needs more"
         )
     if not quiet:
-        print(f"{len(fits)} of {len(prompts)} prompts used; the others leave no room within max_length")
+        rest = "; the others leave no room within max_length" if len(fits) < len(prompts) else ""
+        print(f"{len(fits)} of {len(prompts)} prompts used{rest}")
     return [prompts[i] for i in fits], [ids[i] for i in fits], [rows[i].id for i in fits]
 
 

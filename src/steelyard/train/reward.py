@@ -120,6 +120,10 @@ def train_reward(
 
     `rows` restricts the training data to these rows of the file's usable pairs (an ensemble's folds). Without `normal`
     the reward's mean and std are not measured, for who only compares raw rewards: that scores up to 512 pairs again.
+
+    Raises:
+        InputError: the data, the model or the settings do not fit, or `out` holds a run that this cannot go on with.
+        FloatingPointError: a gradient is not finite; names the step.
     """
     require_shares(config, group)
     quiet = quiet or not group.first

@@ -59,7 +59,12 @@ class SFTConfig(Config):
 
 
 def train_sft(config: SFTConfig, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result."""
+    """Train, leaving a stage folder in `out` with the model in `out/model`; returns the result.
+
+    Raises:
+        InputError: the data, the model or the settings do not fit, or `out` holds a run that this cannot go on with.
+        FloatingPointError: a gradient is not finite; names the step.
+    """
     run = RunDir.open(out, config, resume=resume)
     with run:
         if run.finished:
