@@ -160,7 +160,8 @@ def test_files_of_other_models_are_refused(folders: tuple[str, str], planted: di
     refuse("sampled from another model .* run `steelyard sample` with this policy", policy=reward)
     refuse("scored by another model .* run `steelyard sample` with this reward model", rm=policy)
     refuse("holds 3 responses per prompt, 4 are wanted; sample again with k = 4", k=4)
-    refuse("no such baseline file", tmp_path / "none.parquet")
+    refuse("none.parquet: no such file; `steelyard sample` makes", tmp_path / "none.parquet")
+    refuse(r"a folder, not a file: name one of its scores-\*\.parquet", tmp_path)
     refuse("must be a baseline file", Path(planted["prompts"]))
     refuse("have no scores", sample_baselines(configure(planted, folders, reward_model=None), tmp_path))
 

@@ -16,6 +16,7 @@ import pytest
 import tiny
 from conftest import Folders
 from steelyard.cli import MODULES, VERBS, main, overview
+from steelyard.errors import InputError
 
 HELP = {
     "demo": ["--out", "--resume", "--set"],
@@ -341,6 +342,17 @@ def test_a_scorer_may_lie_in_the_current_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as the console script has it
     assert load_scorer("my_scorer:length")("?", "abc") == 3.0
+
+
+@pytest.mark.parametrize("made", ["'good'", "None", "float('inf')", "[1.0, 2.0]"])
+def test_a_scorer_returns_a_finite_number(made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steelyard.scorer import load_scorer
+
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"scorer_{abs(hash(made))}"
+    (tmp_path / f"{module}.py").write_text(f"def made(prompt, response):\n    return {made}\n")
+    with pytest.raises(InputError, match=rf"{module}:made: must return a finite number, got .* response 'abc'"):
+        load_scorer(f"{module}:made")("?", "abc")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -411,15 +411,11 @@ class TestGuards:
         changes = {"reward": "plain", "min_reward_std": 1e-6}
         self.stop("step 1: the rewards' std of a prompt's responses, 0, fell below", tmp_path, base | changes)
 
-    def test_a_gold_scorer_without_a_number(
-        self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(ppo, "load_scorer", lambda name: lambda prompt, response: math.nan)
-        self.stop(
-            "the gold scorer's mean is nan, but must be finite; mend",
-            tmp_path,
-            base | {"gold": "x:y", "reward": "plain"},
-        )
+    def test_a_gold_scorer_without_a_number(self, base: dict[str, Any], tmp_path: Path) -> None:
+        """No guard of PPO's: rounds would take it for a policy that went wrong."""
+        settings = base | {"gold": "tiny:no_number", "reward": "plain"}
+        with pytest.raises(InputError, match=r"tiny:no_number: must return a finite number, got nan for the response"):
+            train_ppo(PPOConfig.model_validate(settings), tmp_path / "out", quiet=True)
 
     def test_a_policy_that_left(self, base: dict[str, Any], tmp_path: Path) -> None:
         faster = {"actor": OptimConfig(lr=0.1, decay=False), "kl_coef": 0.0, "steps": 9}

@@ -118,6 +118,11 @@ def planted_pairs(n: int, *, flips: float = 0.0, seed: int = 0) -> tuple[list[di
     return rows, wrong
 
 
+def no_number(prompt: object, text: str) -> float:
+    """A gold scorer that fails."""
+    return float("nan")
+
+
 def count_good(prompt: object, text: str) -> float:
     """A gold scorer: how often the response says "good"."""
     return float(text.split().count("good"))

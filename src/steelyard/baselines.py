@@ -119,8 +119,9 @@ def read_baselines(
     scored file of `sample_baselines`, was made with another policy or reward model (the rewards would not compare),
     or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
     """
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such baseline file; make one with `steelyard sample`")
+    if not Path(path).is_file():
+        kind = "a folder, not a file: name one of its scores-*.parquet" if Path(path).exists() else "no such file"
+        raise InputError(f"{path}: {kind}; `steelyard sample` makes baseline files")
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:

@@ -322,7 +322,8 @@ def read_meta(path: str, encoder: Encoder, k: int, say: Callable[[str], object] 
 def _open_meta(path: str) -> tuple[pa.Table, int]:
     """The table of a file of `steelyard sample`, and its responses per prompt."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such meta file; make one with `steelyard sample --policy SHIFTED_POLICY`")
+        kind = "a folder, not a file: name one of its *.parquet" if Path(path).exists() else "no such meta file"
+        raise InputError(f"{path}: {kind}; make one with `steelyard sample --policy SHIFTED_POLICY`")
     try:
         table = pq.read_table(path).select(["key", "prompt", "response", "prompt_tokens", "response_tokens"])
         stored = json.loads((table.schema.metadata or {})[b"steelyard"])["k"]

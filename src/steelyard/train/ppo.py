@@ -10,7 +10,6 @@ penalty, and the nucleus as it was at the time of sampling (`models.next_token`)
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import Counter
@@ -141,10 +140,7 @@ class Task:
         if self.gold is None:
             return {}
         pairs = [(self.prompts[i], s) for i, group in zip(chosen, drawn, strict=True) for s in group]
-        gold = float(np.mean([self.gold(p, encoder.decode(s.tokens)) for p, s in pairs]))
-        if not math.isfinite(gold):
-            raise FloatingPointError(f"the gold scorer's mean is {gold}, but must be finite; mend the scorer")
-        return {"ppo/gold": gold}
+        return {"ppo/gold": float(np.mean([self.gold(p, encoder.decode(s.tokens)) for p, s in pairs]))}
 
 
 def train_ppo(
