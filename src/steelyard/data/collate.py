@@ -22,10 +22,10 @@ from steelyard.data.encode import Tree
 Reads = Literal["scored", "responses"]
 
 # Attention pads the segments of a block to a common shape: at most this many times the entries that are needed.
-_WASTE = 1.3
+_WASTE = 1.15
 # Queries are taken in pieces of this length, so that keys after a piece are not looked at and its probabilities stay
 # in the processor's cache; a block holds at most so many entries per head, for the same reason.
-_PIECE = 128
+_PIECE = 64
 _ENTRIES = 65536
 
 
