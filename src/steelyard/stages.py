@@ -73,7 +73,8 @@ def prepare(recipe: Recipe, out: Path) -> Files:
     """
     files = _write_files(recipe, out)
     if recipe.policy is not None:
-        examination_prompts(recipe, recipe.policy, files)
+        config = evaluation_config(recipe, recipe.policy)
+        examination_prompts(recipe, files, config, evaluation_length(recipe.policy), "policy.evaluate")
     return files
 
 
@@ -138,14 +139,15 @@ def start_tokenizer(recipe: Recipe, files: Files) -> str:
     return files.tokenizer if recipe.model == "scratch" and files.tokenizer is not None else recipe.model
 
 
-def examination_prompts(recipe: Recipe, policy: PolicyConfig, files: Files) -> list[Prompt]:
-    """The held-out prompts that policies answer. Raises InputError if none leaves room for an answer."""
-    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=evaluation_length(policy))
+def examination_prompts(
+    recipe: Recipe, files: Files, config: PolicyEvaluationConfig, max_length: int, where: str
+) -> list[Prompt]:
+    """The held-out prompts that policies answer. Raises InputError, naming the section `where`, if none leaves room."""
+    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=max_length)
     try:
-        found = prompts_that_fit(files.eval_prompts or files.prompts, encoder, evaluation_config(recipe, policy))
+        return prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
     except InputError as error:
-        raise InputError(f"policy.evaluate: {error}") from None
-    return found[: policy.limit_eval]
+        raise InputError(f"{where}: {error}") from None
 
 
 def _read_truth(path: Path) -> tuple[dict[str, int], dict[str, str]]:
@@ -358,7 +360,7 @@ def evaluate(recipe: Recipe, policy: PolicyConfig, files: Files, model: str, out
     encoder_length = evaluation_length(policy)
     encoder = Encoder.load(model, max_length=encoder_length)
     say_if_shared(files.prompts, files.eval_prompts or files.prompts)
-    prompts = examination_prompts(recipe, policy, files)
+    prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)[: policy.limit_eval]
     # The SFT model's proxy reward is comparable with the arms' only under their own reward model.
     rewards = {name: str(out / "rm" / arm_reward(recipe, policy, name) / "model") for name in policy.arms}
     first = next(iter(rewards.values()))

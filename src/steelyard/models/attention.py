@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = []
         for block in blocks:
-            q, k, v = _queries(query, block), _keys(key, block), _keys(value, block)
+            q, k, v = _at(query, block, "queries_nQ"), _at(key, block, "keys_nS"), _at(value, block, "keys_nS")
             o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
             )
@@ -97,12 +97,12 @@ def _block_backward(
     def column(x_nHQ: Tensor) -> Tensor:
         return x_nHQ.reshape(n * G, -1, 1)
 
-    q, grad = (_queries(x, block).view(n * G, -1, d) for x in (query, g))
-    k, v = (_keys(x, block).view(n * G, S, d) for x in (key, value))
+    q, grad = (_at(x, block, "queries_nQ").view(n * G, -1, d) for x in (query, g))
+    k, v = (_at(x, block, "keys_nS").view(n * G, S, d) for x in (key, value))
     # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
     # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
     # into the row's gradient. Padded queries have none, so nothing flows from them.
-    lse, delta = column(lse_nHQ), column(_queries(delta_TH[..., None], block))
+    lse, delta = column(lse_nHQ), column(_at(delta_TH[..., None], block, "queries_nQ"))
     rounded = lse.to(query.dtype)
     exact = rounded.dtype == lse.dtype
     if not exact or block.written_m[1] is not None:
@@ -116,8 +116,8 @@ def _block_backward(
     p.view(n, H, Q, S)[..., block.open :].mul_(_seen(block, p.dtype)[:, None])
     ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
-    dq.view(-1, d).index_add_(0, _query_rows(block, H), torch.bmm(ds, k).mul_(scale).view(-1, d))
-    of_keys = _key_rows(block, G)
+    dq.view(-1, d).index_add_(0, _rows(block, "queries_nQ", H), torch.bmm(ds, k).mul_(scale).view(-1, d))
+    of_keys = _rows(block, "keys_nS", G)
     q.mul_(scale)  # a copy of its own, for dk
     for target, left, right in ((dk, ds, q), (dv, p, grad)):
         target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
@@ -131,29 +131,19 @@ def _once(block: AttentionBlock, name: str, of: object, make: Callable[[], Tenso
     return found
 
 
-def _rows(places_nL: Tensor, heads: int) -> Tensor:
-    """Numbers of the rows of a (T heads, d) view at these places, heads before places: (n heads L)."""
-    return (places_nL[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+def _rows(block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"], heads: int) -> Tensor:
+    """Numbers of the rows of a (T heads, d) view at these places of the block, heads before places: (n heads L)."""
+
+    def number() -> Tensor:
+        return (getattr(block, of)[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+
+    return _once(block, of, heads, number)
 
 
-def _query_rows(block: AttentionBlock, heads: int) -> Tensor:
-    return _once(block, "queries", heads, lambda: _rows(block.queries_nQ, heads))
-
-
-def _key_rows(block: AttentionBlock, heads: int) -> Tensor:
-    return _once(block, "keys", heads, lambda: _rows(block.keys_nS, heads))
-
-
-def _queries(x_THd: Tensor, block: AttentionBlock) -> Tensor:
-    """(n, H, Q, d): what stands at the places of the queries, heads first."""
-    (n, Q), (_, H, d) = block.queries_nQ.shape, x_THd.shape
-    return x_THd.reshape(-1, d).index_select(0, _query_rows(block, H)).view(n, H, Q, d)
-
-
-def _keys(x_TGd: Tensor, block: AttentionBlock) -> Tensor:
-    """(n, G, S, d): what stands at the places of the keys, heads first."""
-    (n, S), (_, G, d) = block.keys_nS.shape, x_TGd.shape
-    return x_TGd.reshape(-1, d).index_select(0, _key_rows(block, G)).view(n, G, S, d)
+def _at(x_THd: Tensor, block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"]) -> Tensor:
+    """(n, H, L, d): what stands at these places of the block, heads first."""
+    (n, L), (_, H, d) = getattr(block, of).shape, x_THd.shape
+    return x_THd.reshape(-1, d).index_select(0, _rows(block, of, H)).view(n, H, L, d)
 
 
 def _put(out_THd: Tensor, block: AttentionBlock, x_mHd: Tensor) -> None:

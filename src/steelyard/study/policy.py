@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences
 from steelyard.denoise import repair
 from steelyard.errors import InputError
-from steelyard.evaluate.policy import prompts_that_fit
 from steelyard.measure import measure
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.ppo_settings import PPOConfig
@@ -24,7 +22,7 @@ from steelyard.recipe import reward_config, sft_config, strength_config
 from steelyard.run_dir import RunDir
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
-from steelyard.stages import Files, prepare, start_tokenizer
+from steelyard.stages import Files, examination_prompts, prepare
 from steelyard.study.folder import FREE, StudyFolder
 from steelyard.study.policy_config import (
     AS_LABELLED,
@@ -103,11 +101,7 @@ def _prepare(study: PolicyStudy, out: Path) -> tuple[Files, Exam]:
     recipe, config = recipe_of(study, study.seeds[0]), evaluation_config(study)
     files = prepare(recipe, out)
     length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
-    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=length)
-    try:
-        prompts = prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
-    except InputError as error:
-        raise InputError(f"evaluate: {error}") from None
+    prompts = examination_prompts(recipe, files, config, length, "evaluate")
     return files, Exam(tuple(prompts), config, length, study.looks)
 
 
