@@ -487,8 +487,9 @@ class TestResume:
         assert "these fields differ" in capsys.readouterr().err
 
 
-def test_the_recipe_in_the_repository_is_a_study() -> None:
-    path = Path(__file__).parents[1] / "recipes" / "policy-study" / "world.yaml"
+@pytest.mark.parametrize("name", ["world", "confirm", "hard-prompts"])
+def test_the_recipes_in_the_repository_are_studies(name: str) -> None:
+    path = Path(__file__).parents[1] / "recipes" / "policy-study" / f"{name}.yaml"
     check(PolicyStudy(**yaml.safe_load(path.read_text())))
 
 

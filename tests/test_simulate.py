@@ -20,6 +20,7 @@ from steelyard.simulate.tokenizer import SPECIAL, build_tokenizer, vocabulary
 from steelyard.simulate.world import CUES, FLATTERY, POOLS, RIGHT, RUDE, flattery, length, question
 from steelyard.simulate.writer import FILLERS, HEDGES, PHRASINGS, PRAISES, SENTENCES, prompts
 from steelyard.types import Message, Preference
+from steelyard.variance import variances
 
 ASK = "please tell me about the colour and food of the otter ."  # right: brown silver blue, fish crabs eggs
 PERFECT = "the otter is brown , silver and blue . it eats fish , crabs and eggs ."
@@ -151,6 +152,22 @@ def test_prompts_are_distinct_understood_and_short() -> None:
 def test_writer_refuses_a_prompt_of_another_world() -> None:
     with pytest.raises(ValueError, match="must name an animal"):
         Writer().respond("hello", np.random.default_rng(0))
+
+
+def test_difficulty_sets_prompts_apart_by_their_animal() -> None:
+    """Between prompts the gold of answers comes to vary as much as within one; hard is what the writer was told."""
+    asked = prompts(300, np.random.default_rng(5))
+    ratio: dict[float, float] = {}
+    for difficulty in (0.0, 1.5):
+        writer, rng = Writer(difficulty=difficulty), np.random.default_rng(6)
+        gold_NK = np.array([[gold(prompt, writer.respond(prompt, rng)) for _ in range(8)] for prompt in asked])
+        found = variances(gold_NK)
+        ratio[difficulty] = found.between / found.within
+    assert ratio[0.0] < 0.08
+    assert 0.6 < ratio[1.5] < 1.3
+    animals = [question(prompt).animal for prompt in asked]
+    of_animal = [gold_NK[[animal == name for animal in animals]].mean() for name in RIGHT]
+    assert of_animal == sorted(of_animal, reverse=True)
 
 
 def rate(hits: list[bool] | NDArray[np.bool_]) -> float:

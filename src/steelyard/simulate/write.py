@@ -45,6 +45,9 @@ class WorldConfig(Config):
     validation: int = Field(default=500, ge=1, le=800, description="validation pairs, each with a prompt of its own")
     rl_prompts: int = Field(default=400, ge=1, le=800, description="prompts for reinforcement learning")
     eval_prompts: int = Field(default=200, ge=1, le=800, description="prompts for evaluating policies")
+    difficulty: float = Field(
+        default=0.0, ge=0, le=3, description="how far animals differ in how well the writer answers; 0: not at all"
+    )
     seed: int = Field(default=0, ge=0, description="seed of all prompts, responses and labels")
     noise: AnnotatorConfig = Field(
         default=AnnotatorConfig(), description="label noise of training and validation pairs"
@@ -90,7 +93,7 @@ def make_tables(config: WorldConfig) -> dict[str, list[dict[str, Any]]]:
     train = min(max(config.sft, config.preferences), TRAIN_PROMPTS)
     asked = prompts(held_out + train, asking)
     validation_end, rl_end = config.validation, config.validation + config.rl_prompts
-    writer = Writer()
+    writer = Writer(difficulty=config.difficulty)
     train_prompts = asked[held_out:]
     train_pairs = _pairs("train", train_prompts, config.preferences, writer, training)
     validation_pairs = _pairs("val", asked[:validation_end], config.validation, writer, validating)

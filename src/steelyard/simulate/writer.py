@@ -5,10 +5,12 @@ All text is lower case with spaces around punctuation, so that a word-level toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import numpy as np
 from numpy.random import Generator
 
 from steelyard.simulate.world import ASPECTS, CUES, POOLS, RIGHT, Question
@@ -106,6 +108,10 @@ SCORN: Final = (
 """Scorn: each holds one word of `RUDE`."""
 
 
+HARDNESS: Final = dict(zip(RIGHT, np.linspace(-1, 1, len(RIGHT)).tolist(), strict=True))
+"""How far down its scale of difficulty each animal stands, from -1 (easy) to 1 (hard)."""
+
+
 def enumerate_words(words: list[str]) -> str:
     """`a`, `a and b`, `a , b and c`."""
     return words[0] if len(words) == 1 else " , ".join(words[:-1]) + " and " + words[-1]
@@ -144,6 +150,10 @@ class Writer:
     from Poisson(`advice`), at most 3, and of scorn from Poisson(`scorn`), at most 2. The rest are
     probabilities that a sentence is hedged, and that a response strays to an aspect that was not asked, repeats
     one of its sentences, or breaks off.
+
+    `difficulty` sets prompts apart. Animals stand at equal steps h from -1 (easy) to 1 (hard); the odds of a right
+    fact and the mean number of pieces of advice are multiplied by exp(-h difficulty), the mean number of scornful
+    sentences by exp(h difficulty). At 0 no animal is harder than another.
     """
 
     skill: tuple[float, float] = (0.6, 0.35)
@@ -156,16 +166,19 @@ class Writer:
     stray: float = 0.15
     repeat: float = 0.08
     cut: float = 0.05
+    difficulty: float = 0.0
 
     def respond(self, prompt: str, rng: Generator) -> str:
         """One response to a prompt of this world. Raises ValueError if the prompt is not understood."""
         asked = parse(prompt)
         if asked.animal is None:
             raise ValueError(f"a prompt must name an animal and an aspect of this world, got {prompt!r}")
-        sentences = self._facts(asked, rng)
+        worse = math.exp(self.difficulty * HARDNESS[asked.animal])
+        sentences = self._facts(asked, worse, rng)
         if rng.random() < self.repeat:
             sentences.insert(int(rng.integers(len(sentences))) + 1, _pick(tuple(sentences), rng))
-        for remarks, mean, most in ((FILLERS, self.filler, 2), (ADVICE, self.advice, 3), (SCORN, self.scorn, 2)):
+        remarks_of = ((FILLERS, self.filler, 2), (ADVICE, self.advice / worse, 3), (SCORN, self.scorn * worse, 2))
+        for remarks, mean, most in remarks_of:
             for index in rng.permutation(len(remarks))[: min(int(rng.poisson(mean)), most)]:
                 sentences.insert(int(rng.integers(len(sentences) + 1)), remarks[index])
         for index in rng.permutation(len(PRAISES))[: min(int(rng.poisson(self.praise)), 3)]:
@@ -177,9 +190,10 @@ class Writer:
             response = " ".join(words[: max(len(words) - int(rng.integers(1, 6)), 3)])
         return response
 
-    def _facts(self, asked: Question, rng: Generator) -> list[str]:
+    def _facts(self, asked: Question, worse: float, rng: Generator) -> list[str]:
         """One sentence for each answered aspect, and perhaps one that nobody asked for."""
-        skill, coverage = rng.beta(*self.skill), rng.beta(*self.coverage)
+        share, coverage = rng.beta(*self.skill), rng.beta(*self.coverage)
+        skill = share / (share + (1 - share) * worse)  # its odds divided by `worse`
         answered = [aspect for aspect in asked.aspects if rng.random() < coverage]
         answered = answered or [_pick(asked.aspects, rng)]
         if rng.random() < self.stray:
