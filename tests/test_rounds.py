@@ -299,6 +299,30 @@ class TestChoice:
         assert choose(far, "gold", 0.5)["scores"] == [0, 0, 1]
         assert choose(far, "gold", 1.0)["round"] == 0
 
+    def test_the_earliest_round_that_is_not_told_apart_from_the_best_is_kept(self) -> None:
+        """Ten prompts choose. Round 1 is ahead of 0 on all of them; 2 is ahead of 1 in the mean alone."""
+        zero, one = [0.0] * 20, [1.0] * 20
+        two = [1.0 + (-1.0) ** (n // 2) * 0.9 + 0.1 for n in range(20)]
+        far = self.examined(zero, one, two)
+        assert choose(far, "gold", 0.0)["round"] == 2
+        found = choose(far, "gold", 0.0, "earliest")
+        assert (found["round"], found["score"]) == (1, 1.0)
+        assert found["gain"]["value"] == 1.0
+        assert choose([*far, *self.examined([2.5] * 20)], "gold", 0.0, "earliest")["round"] == 3, "told apart from all"
+        noise = self.examined(zero, [(-1.0) ** (n // 2) + 0.2 for n in range(20)])
+        assert choose(noise, "gold", 0.0, "earliest")["round"] == 0, "the SFT model counts as a round"
+
+    def test_keeping_the_earliest_stops_where_no_round_is_told_apart_as_better(
+        self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        scripted(monkeypatch, [0, 1, 1, 3])
+        found = run_rounds(
+            RoundsConfig(**settings | {"rounds": 3, "patience": 1, "keep": "earliest"}), tmp_path, quiet=True
+        )
+        assert (found["best"]["round"], len(found["rounds"])) == (1, 3)
+        assert found["stopped"] == "the examination has turned: no round told apart as better than 1 for 1"
+        assert "The earliest round not told apart" in iterate.rounds_table(found)["note"]
+
     @pytest.mark.parametrize(("patience", "rounds", "best"), [(1, 3, 2), (2, 4, 2), (None, 5, 5)])
     def test_stops_when_the_examination_turns(
         self, patience: int | None, rounds: int, best: int, monkeypatch: pytest.MonkeyPatch,
@@ -462,6 +486,7 @@ class TestRefusals:
                 "mean log-ratio the KL; give evaluate.sampling without top_p",
             ),
             ({"gold": None, "kl_price": 0.1, "patience": 2}, "kl_price, patience: no effect where no criterion"),
+            ({"gold": None, "keep": "earliest"}, "keep: no effect where no criterion"),
             ({"keep_by": "judge"}, "keep_by: judge needs `judge`"),
             ({"ppo": {"policy": "x"}}, "ppo: policy is filled in by the rounds"),
             ({"ppo": {"reward": "plain", "stepz": 3}}, "ppo.stepz: no such setting"),

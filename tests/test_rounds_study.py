@@ -14,6 +14,7 @@ from steelyard import iterate
 from steelyard.cli import main
 from steelyard.errors import InputError
 from steelyard.iterate import check_settings
+from steelyard.parallel import JobError
 from steelyard.ppo_settings import PPOConfig
 from steelyard.stages import GOLD
 from steelyard.study.rounds import RoundsStudy, places, rounds_config, run_rounds_study
@@ -169,6 +170,60 @@ class TestStudy:
         with pytest.raises(InputError, match=said):
             run_rounds_study(RoundsStudy(**TINY | own), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    def test_judges_may_be_asked_later_which_rounds_they_would_keep(self, done: Path) -> None:
+        out, plain = done, (done / "study.json").read_bytes()
+        before = json.loads(plain)
+        assert (before["choices"], before["kept"]) == ([], [])
+        run_rounds_study(RoundsStudy(**TINY | {"judge_pairs": 32}), out, resume=True)
+        found = read(out / "study.json")
+        assert {k: v for k, v in found.items() if k not in ("choices", "kept")} == {
+            k: v for k, v in before.items() if k not in ("choices", "kept")
+        }
+        held_out = {json.loads(line)["prompt"] for line in (out / "data" / "eval_prompts.jsonl").open()}
+        for seed in (3, 4):
+            pairs = [json.loads(line) for line in (out / "judges" / f"pairs-32-{seed}.jsonl").open()]
+            assert held_out.isdisjoint(p["prompt"] for p in pairs)
+            trained = read(out / "judges" / f"seed-{seed}" / "config.json")
+            assert (trained["data"], trained["seed"]) == (str(out / "judges" / f"pairs-32-{seed}.jsonl"), seed)
+        rules = {(k["rule"], k["arm"], k["seed"]): k for k in found["kept"]}
+        rows = {row["arm"]: row for row in found["choices"]}
+        folder = places(out, "MetaRM", 3)
+        gold = [np.array(read(folder / f"round-0{n}" / "examine" / "round.json")["values"]["gold"]) for n in range(3)]
+        judge = [np.array(read(folder / f"round-0{n}" / "examine" / "judge.json")["judge"]) for n in range(3)]
+        best = int(np.argmax([j[::2].mean() for j in judge]))
+        one = rules["judge: best", "MetaRM", 3]
+        assert (one["round"], one["gold"]) == (best, pytest.approx(gold[best][1::2].mean()))
+        assert rules["last round", "MetaRM", 3]["gold"] == pytest.approx(gold[2][1::2].mean())
+        assert all(rules["judge: earliest", a, s]["round"] <= rules["judge: best", a, s]["round"]
+                   for a in ARMS for s in (3, 4))  # fmt: skip
+        over_arms = np.mean([rules["last round", arm, 4]["gold"] for arm in ARMS])
+        assert rows["last round"]["seeds"][1] == pytest.approx(over_arms)
+        assert rows["last round"]["difference"]["seeds"][1] == pytest.approx(
+            over_arms - np.mean([rules["judge: best", arm, 4]["gold"] for arm in ARMS])
+        )
+        assert main(["report", str(out)]) == 0
+        assert "Rounds that each rule keeps (gold)" in (out / "report.html").read_text()
+        run_rounds_study(RoundsStudy(**TINY), out, resume=True)
+        assert (out / "study.json").read_bytes() == plain
+
+    def test_a_judge_does_not_read_answers_other_than_those_examined(self, done: Path) -> None:
+        folder = places(done, "MetaRM", 4) / "round-01" / "examine"
+        honest = (folder / "round.json").read_text()
+        changed = json.loads(honest)
+        changed["values"]["gold"][0][0] += 1.0
+        (folder / "judge.json").unlink(missing_ok=True)
+        try:
+            (folder / "round.json").write_text(json.dumps(changed))
+            with pytest.raises(JobError, match="its answers cannot be drawn again"):
+                run_rounds_study(RoundsStudy(**TINY | {"judge_pairs": 32}), done, resume=True)
+        finally:
+            (folder / "round.json").write_text(honest)
+        run_rounds_study(RoundsStudy(**TINY), done, resume=True)
+
+    def test_one_judge_at_a_time(self) -> None:
+        with pytest.raises(ValueError, match="judge is the study's own with judge_pairs"):
+            RoundsStudy(**TINY | {"judge_pairs": 32, "arms": {"x": {"judge": "folder"}}})
 
     @pytest.mark.parametrize("own", [{"iterate": {"patience": 2}}, {"arms": {"x": {"rounds": 3}}}])
     def test_all_arms_go_through_the_same_rounds(self, own: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from steelyard.data.load import say_if_shared
 from steelyard.errors import InputError
 from steelyard.evaluate.examination import training_length
 from steelyard.evaluate.policy import PolicyEvaluationConfig
-from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, Pairs, choose, examine_round, held_out
+from steelyard.evaluate.rounds import CURRENT, FIRST, GOLD, JUDGE, Keep, Pairs, choose, examine_round, held_out
 from steelyard.models.reward import require_reward_model
 from steelyard.ppo_settings import PPOConfig
 from steelyard.run_dir import RunDir, write_json_atomic
@@ -81,6 +81,9 @@ class RoundsConfig(Config):
     keep_by: Literal["gold", "judge", "nothing"] | None = Field(
         None, description="criterion of the best round; none given: gold, else the judge, else nothing"
     )
+    keep: Keep = Field(
+        "best", description="by that criterion: the best round, or the earliest not told apart from it at 95 %"
+    )
     kl_price: float = Field(0.0, ge=0, description="taken from the criterion for each nat of KL")
     evaluate: Settings = Field(
         default_factory=dict, description="the examination: fields of `evaluate policy` such as k (sampling as in PPO)"
@@ -109,9 +112,8 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
         if run.finished:
             return json.loads((out / RECORD).read_text())
         run.restore()
-        length = _ppo(config, Round(1, "", ""), baselines="").max_length
         say_if_shared(config.prompts, config.eval_prompts)
-        prompts = held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), _evaluation(config))
+        prompts, length, _ = examination(config)
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
         for number in range(config.rounds + 1):
@@ -186,7 +188,7 @@ def check_settings(config: RoundsConfig) -> None:
         idle.append(({"baselines", "baseline_sample"}, "with ppo.reward = plain"))
     if criterion(config)[0] is None:
         turning = set() if config.patience is None else {"patience"}
-        idle.append((turning | {"kl_price"}, "where no criterion tells rounds apart; give gold or judge"))
+        idle.append((turning | {"kl_price", "keep"}, "where no criterion tells rounds apart; give gold or judge"))
     for names, reason in idle:
         if useless := names & config.given():
             raise InputError(f"{', '.join(sorted(useless))}: no effect {reason}; leave out")
@@ -199,14 +201,14 @@ def check_settings(config: RoundsConfig) -> None:
     optimise, stored = _ppo(config, some, baselines=""), _baselines(config, some)
     _reward(config, 1, model="", meta="")
     _meta_sample(config, 1, "")
-    examination = _evaluation(config)
+    how = _evaluation(config)
     try:
         ppo_settings.check(optimise)
     except InputError as error:
         raise InputError(f"ppo: {error}") from None
     if _relative(config):
         ppo_settings.check_baselines(optimise, stored, "ppo", "baseline_sample")
-    if config.kl_price and (bent := examination.sampling.bent()):
+    if config.kl_price and (bent := how.sampling.bent()):
         raise InputError(
             "kl_price: the examination's answers must be drawn from the policy as it is, for only then is their mean "
             f"log-ratio the KL; give evaluate.sampling without {', '.join(bent)}, or leave kl_price out"
@@ -317,6 +319,12 @@ def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
     return _build(PPOConfig, "ppo", config.ppo, _where(config), **filled)
 
 
+def examination(config: RoundsConfig) -> tuple[list[Prompt], int, PolicyEvaluationConfig]:
+    """(held-out prompts, the policy's max_length, how answers are drawn). Raises InputError for too few prompts."""
+    length, how = _ppo(config, Round(1, "", ""), baselines="").max_length, _evaluation(config)
+    return held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), how), length, how
+
+
 def _evaluation(config: RoundsConfig) -> PolicyEvaluationConfig:
     """The examination samples as PPO does where its own section does not say otherwise."""
     shared = {name: value for name, value in _shared(config).items() if name in ("sampling", "device")}
@@ -358,10 +366,11 @@ def _record(config: RoundsConfig, examined: Sequence[Mapping[str, Any]], failure
     by, why = criterion(config)
     best, stopped = None, failure
     if by is not None:
-        best = choose(examined, by, config.kl_price)
+        best = choose(examined, by, config.kl_price, config.keep)
         since = len(examined) - 1 - best["round"]
         if not failure and config.patience is not None and since >= config.patience:
-            stopped = f"the examination has turned: no better round than {best['round']} for {since}"
+            better = "better round than" if config.keep == "best" else "round told apart as better than"
+            stopped = f"the examination has turned: no {better} {best['round']} for {since}"
         best["model"] = f"round-{best['round']:02d}/ppo/model" if best["round"] else config.sft
     return {
         "kind": "rounds",
@@ -369,7 +378,7 @@ def _record(config: RoundsConfig, examined: Sequence[Mapping[str, Any]], failure
         "reward_from": config.reward_from,
         "baselines": config.baselines if _relative(config) else None,
         "meta_prompts": config.meta_prompts,
-        "criterion": {"by": by, "why": why, "kl_price": config.kl_price},
+        "criterion": {"by": by, "why": why, "kl_price": config.kl_price, "keep": config.keep},
         "rounds": [{"round": e["round"], **e["row"], "accuracy": e["accuracy"]} for e in examined],
         "best": best,
         "stopped": stopped,
@@ -381,7 +390,7 @@ def _line(record: Mapping[str, Any]) -> str:
     shown = [f"{n} {row[n]:.3f}" for n in (GOLD, JUDGE, FIRST, CURRENT, "kl", "ppl_sft", "length") if n in row]
     said = f"round {row['round']}: {', '.join(shown)}"
     if record["best"] is not None:
-        said += f"; best so far: round {record['best']['round']}"
+        said += f"; kept so far: round {record['best']['round']}"
     return f"{said}; {record['stopped']}" if record["stopped"] else said
 
 
@@ -397,20 +406,21 @@ def _keep(config: RoundsConfig, best: Mapping[str, Any], out: Path) -> None:
 
 
 def rounds_table(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The rounds, for people: one row each, the best one marked."""
+    """The rounds, for people: one row each, the kept one marked."""
     names = [n for n in (GOLD, JUDGE, FIRST, CURRENT) if n in record["rounds"][0]]
     words = {FIRST: "first reward model", CURRENT: "current reward model"}
-    best = None if record["best"] is None else record["best"]["round"]
+    kept = None if record["best"] is None else record["best"]["round"]
     rows = []
     for r in record["rounds"]:
-        label = ("0 (SFT)" if r["round"] == 0 else str(r["round"])) + (" best" if r["round"] == best else "")
+        label = ("0 (SFT)" if r["round"] == 0 else str(r["round"])) + (" kept" if r["round"] == kept else "")
         cells = [f"{r[n]:.3f} [{r[f'{n}_low']:.3f}, {r[f'{n}_high']:.3f}]" for n in names]
         rows.append([label, *cells, r["kl"], r["ppl_sft"], r["length"]])
-    note = f"Chosen by: {record['criterion']['why']}."
+    how = "" if record["criterion"]["keep"] == "best" else " The earliest round not told apart from the best is kept."
+    note = f"Chosen by: {record['criterion']['why']}.{how}"
     if record["best"] is not None:
         gain = record["best"]["gain"]
         note += (
-            f" Round {best} was chosen on half of the prompts; on the other half it is worth {gain['value']:.3f} "
+            f" Round {kept} was chosen on half of the prompts; on the other half it is worth {gain['value']:.3f} "
             f"[{gain['low']:.3f}, {gain['high']:.3f}] more than the SFT model."
         )
     columns = ["round", *(words.get(n, n) for n in names), "KL to SFT", "PPL under SFT", "length"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from steelyard.types import Preference, Prompt
 
 FIRST, CURRENT, JUDGE, GOLD = "first", "current", "judge", "gold"
 OWN = "the policy's own responses"
+Keep = Literal["best", "earliest"]
 Pairs = tuple[list[Preference], list[Tree]]
 """Usable pairs and their trees."""
 
@@ -170,20 +171,27 @@ def scores(examined: Mapping[str, Any], by: str, kl_price: float) -> Float[np.nd
     return worth
 
 
-def choose(examined: Sequence[Mapping[str, Any]], by: str, kl_price: float) -> dict[str, Any]:
-    """The best round so far; round 0 is the SFT model, so that nothing is kept that is worse than not training.
+def choose(examined: Sequence[Mapping[str, Any]], by: str, kl_price: float, keep: Keep = "best") -> dict[str, Any]:
+    """The round to keep so far; round 0 is the SFT model, so that nothing is kept that is worse than not training.
 
+    `keep`: the best round, or the earliest one that is not told apart from the best (the 95 % interval of their paired
+    difference over the choosing prompts holds 0): the one-standard-error rule's idea (Breiman et al. 1984), since each
+    round goes further from the SFT model and that far a stand-in for the truth is worth less.
     `score`: its worth on every other prompt, on which it was chosen, beginning with the first. `rest`: its worth on
     the other prompts, with an interval over them; `gain`: there, minus that of round 0.
     """
     worth_RN = np.stack([scores(one, by, kl_price) for one in examined])
-    chosen_R = worth_RN[:, ::2].mean(1)
-    best = int(chosen_R.argmax())
-    rest, first = worth_RN[best, 1::2], worth_RN[0, 1::2]
+    choosing_RN = worth_RN[:, ::2]
+    chosen_R = choosing_RN.mean(1)
+    kept = int(chosen_R.argmax())
+    if keep == "earliest":
+        ahead = [bootstrap_mean(choosing_RN[kept] - choosing_RN[r])[1] for r in range(kept)]
+        kept = next((r for r, low in enumerate(ahead) if low <= 0), kept)
+    rest, first = worth_RN[kept, 1::2], worth_RN[0, 1::2]
     return {
-        "round": best,
+        "round": kept,
         "scores": chosen_R.tolist(),
-        "score": float(chosen_R[best]),
+        "score": float(chosen_R[kept]),
         "rest": dict(zip(("value", "low", "high"), bootstrap_mean(rest), strict=True)),
         "gain": dict(zip(("value", "low", "high"), bootstrap_mean(rest - first), strict=True)),
     }

@@ -67,6 +67,7 @@ class Criterion(Record):
     by: str | None = None
     why: str = ""
     kl_price: float = 0.0
+    keep: str = "best"
 
 
 class RoundsFile(Record):
@@ -91,6 +92,16 @@ class Turn(Record):
     gain: float
 
 
+class Kept(Record):
+    """Which round of one run a rule keeps, and its gold on the prompts that did not choose it."""
+
+    rule: str
+    arm: str
+    seed: int
+    round: int
+    gold: float
+
+
 class FailedRun(Record):
     """A run that a guard of PPO's, or diverging training, ended."""
 
@@ -108,5 +119,7 @@ class RoundsStudyFile(Record):
     failed: list[FailedRun] = Field(default_factory=list)
     rows: list[SeedRow] = Field(default_factory=list)
     turns: list[Turn] = Field(default_factory=list)
+    choices: list[SeedRow] = Field(default_factory=list)
+    kept: list[Kept] = Field(default_factory=list)
     by_round: list[SeedCurve] = Field(default_factory=list)
     by_step: list[SeedCurve] = Field(default_factory=list)

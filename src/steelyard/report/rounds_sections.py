@@ -25,7 +25,7 @@ from steelyard.report.blocks import (
 from steelyard.report.model_sections import curves
 from steelyard.report.plots import Series
 from steelyard.report.read import Run
-from steelyard.report.rounds_records import RoundRow, RoundsFile
+from steelyard.report.rounds_records import RoundRow, RoundsFile, RoundsStudyFile
 from steelyard.report.seed_sections import difference_figure, seed_curves, seed_rows_table
 
 Styles = Mapping[str, Style]
@@ -40,6 +40,7 @@ _BY_ROUND = _REWARDS | {
     "ppl_sft": "Perplexity under the SFT model",
     "length": "Response length, tokens",
 }
+_KEPT = {"best": "The best round", "earliest": "The earliest round that is not told apart from the best (95 %)"}
 _STEPS = {
     "ppo/reward_raw": ("Reward, raw", "reward units"),
     "ppo/gold": ("Gold reward", "gold units"),
@@ -61,9 +62,10 @@ def rounds_section(run: Run) -> Section | None:
         "plain": "trained on plainly, without a look at the policy's responses",
         "fixed": "the same in all rounds",
     }
+    chosen = _KEPT.get(found.criterion.keep, found.criterion.keep)
     intro = (
         f"Round 0 is the SFT model. The reward model: {how.get(found.reward, found.reward)}. The KL is measured from "
-        f"the SFT model in every round. The best round is chosen by: {found.criterion.why}."
+        f"the SFT model in every round. {chosen} is chosen by: {found.criterion.why}."
     )
     if found.best is not None:
         gain = interval(found.best.gain.value, found.best.gain.low, found.best.gain.high)
@@ -153,6 +155,28 @@ def _accuracy(found: RoundsFile) -> list[Block]:
     return [Figure("Reward models", reading, panels, keys)]
 
 
+def _choices(study: RoundsStudyFile) -> list[Block]:
+    """What users without gold would keep, by a judge of theirs."""
+    if not study.choices:
+        return []
+    note = (
+        "The judge is a reward model trained on other pairs with the same kinds of label noise. Each rule chooses "
+        "on half of the held-out prompts; gold is that on the other half. Earliest: the first round that is not told "
+        "apart from the best (95 %)."
+    )
+    runs = list(dict.fromkeys((k.arm, k.seed) for k in study.kept))
+    rules = list(dict.fromkeys(k.rule for k in study.kept))
+    of = {(k.rule, k.arm, k.seed): k for k in study.kept}
+    rows = [
+        [arm, seed, *(f"{of[r, arm, seed].round} ({of[r, arm, seed].gold:.2f})" for r in rules)] for arm, seed in runs
+    ]
+    columns = (("arm", None), ("seed", count), *((rule, None) for rule in rules))
+    return [
+        seed_rows_table("Gold of the round that each rule keeps, mean of the arms", study.choices, "judge: best"),
+        table("Rounds that each rule keeps (gold)", columns, rows, note=note),
+    ]
+
+
 def rounds_study_section(run: Run, styles: Styles) -> Section | None:
     """Rounds with several kinds of reward models, over seeds."""
     study = run.rounds_study
@@ -173,6 +197,7 @@ def rounds_study_section(run: Run, styles: Styles) -> Section | None:
             "What was kept", columns, [(t.arm, t.seed, t.best, t.rounds, t.gain) for t in study.turns],
             note="Chosen by gold on half of the held-out prompts; the gain is that on the other half.",
         ),
+        *_choices(study),
         *seed_curves(study.by_step, styles, steps, "PPO over all rounds", "PPO step, all rounds"),
     ]  # fmt: skip
     if study.failed:

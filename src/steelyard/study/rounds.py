@@ -20,10 +20,11 @@ from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.iterate import RoundsConfig, run_rounds
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import Recipe, Settings, build, check, merged
+from steelyard.recipe import Recipe, Settings, build, check, merged, world_config
 from steelyard.stages import GOLD, Files, prepare, sft
 from steelyard.study.arms import require_arms
-from steelyard.study.folder import Curve, StudyFolder, difference_table
+from steelyard.study.folder import FREE, Curve, StudyFolder, difference_table
+from steelyard.study.rounds_judges import BY_JUDGE, JUDGED, choices, judge_run, write_judge_pairs
 from steelyard.train.reward import RewardConfig, train_reward
 
 _KINDS = {"MetaRM": "metarm", "plain reward model": "plain", "fixed reward model": "fixed"}
@@ -52,6 +53,11 @@ class RoundsStudy(Config):
         description="name -> fields of `iterate` that differ (of sections: their fields)",
     )
     control: str = Field("plain reward model", description="the arm that the others are compared with")
+    judge_pairs: int | None = Field(
+        None,
+        ge=2,
+        description="pairs of other texts on which each seed's judge is trained, as `reward` says",
+    )
     device: Device = "cpu"
     workers: int | None = Field(None, ge=1, description="runs side by side; none given: one per CPU, on a GPU one")
     threads: int = Field(1, ge=1, description="threads of each of them")
@@ -67,6 +73,8 @@ class RoundsStudy(Config):
                     f"{where}: {', '.join(sorted(clash))} is the study's own: all arms go through the same rounds "
                     "(`iterate.rounds` says how many), examined by gold"
                 )
+            if self.judge_pairs is not None and "judge" in settings:
+                raise ValueError(f"{where}: judge is the study's own with judge_pairs; leave one of the two out")
         return self
 
 
@@ -92,11 +100,14 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
         except InputError as error:
             raise InputError(f"arms.{arm}: {error}") from None
     first_config(study, study.seeds[0], model="", files=None)
-    with StudyFolder(out, study, resume=resume, command=command, growing=("arms",)) as folder:
+    free = (*FREE, "judge_pairs")
+    with StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms",)) as folder:
         files = folder.stage("data", lambda: prepare(recipe, out))
         model = folder.stage("SFT", lambda: sft(recipe, files, out))
         folder.stage("first reward models", lambda: _first(study, model, files, out))
         folder.stage("rounds", lambda: _rounds(study, model, files, out))
+        if study.judge_pairs is not None:
+            folder.stage("judges", lambda: _judges(study, recipe, model, files, out))
         found = folder.stage("comparison", lambda: compare(study, out))
         folder.finish(study.name, study.world_seed, found, _tables(found))
     return found
@@ -144,7 +155,29 @@ def _rounds(study: RoundsStudy, model: str, files: Files, out: Path) -> None:
     _run(study, _go_through, jobs, labels)
 
 
-def _run(study: RoundsStudy, work: Any, jobs: list[tuple[Any, Path]], labels: list[str]) -> None:
+def _judges(study: RoundsStudy, recipe: Recipe, model: str, files: Files, out: Path) -> None:
+    """One judge a seed, and its rewards of the examined answers of all rounds."""
+    assert study.judge_pairs is not None
+    root, jobs = out / "judges", []
+    prompts = files.eval_prompts or files.prompts
+    for seed in study.seeds:
+        # No seed of a world is another study's own by chance: they begin behind it.
+        world = world_config(recipe).model_copy(update={"seed": study.world_seed + 1_000_000 + seed})
+        data = write_judge_pairs(world, study.judge_pairs, prompts, root / f"pairs-{study.judge_pairs}-{seed}.jsonl")
+        config = first_config(study, seed, model=model, files=files).model_copy(update={"data": str(data)})
+        jobs.append((config, root / f"seed-{seed}"))
+    _run(study, _train_first, jobs, [f"judge, seed {s}" for s in study.seeds])
+    runs, labels = [], []
+    for seed in study.seeds:
+        first, judge = (str(out / kind / f"seed-{seed}" / "model") for kind in ("first", "judges"))
+        for arm in study.arms:
+            one = rounds_config(study, arm, seed, model=model, first=first, files=files)
+            runs.append((one, judge, places(out, arm, seed)))
+            labels.append(f"judged: {arm}, seed {seed}")
+    _run(study, judge_run, runs, labels)
+
+
+def _run(study: RoundsStudy, work: Any, jobs: list[tuple[Any, ...]], labels: list[str]) -> None:
     run_jobs(
         work,
         jobs,
@@ -203,6 +236,11 @@ def compare(study: RoundsStudy, out: Path) -> dict[str, Any]:
          "gain": record["best"]["gain"]["value"]}
         for arm, found in records.items() for seed, record in zip(seeds, found, strict=True)
     ]  # fmt: skip
+    chosen: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    if study.judge_pairs is not None:
+        judged = {(a, s): examined[a][i] for a in study.arms for i, s in enumerate(seeds)}
+        chosen, kept = choices(judged, list(study.arms), seeds)
     return {
         "kind": "rounds",
         "control": study.control,
@@ -210,15 +248,18 @@ def compare(study: RoundsStudy, out: Path) -> dict[str, Any]:
         "failed": failed,
         "rows": rows,
         "turns": turns,
+        "choices": chosen,
+        "kept": kept,
         "by_round": [c for arm, found in records.items() for c in _by_round(arm, found)],
         "by_step": [c for arm in study.arms for c in _by_step(seeds, arm, out, count)],
     }
 
 
 def _read(out: Path, arm: str, seed: int, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (places(out, arm, seed) / f"round-{number:02d}" / "examine" / "round.json").read_text()
-    )
+    folder = places(out, arm, seed) / f"round-{number:02d}" / "examine"
+    found: dict[str, Any] = json.loads((folder / "round.json").read_text())
+    if (folder / JUDGED).exists():
+        found["values"] |= json.loads((folder / JUDGED).read_text())
     return found
 
 
@@ -259,4 +300,7 @@ def _tables(found: dict[str, Any]) -> list[dict[str, Any]]:
         "rows": [[t["arm"], t["seed"], t["best"], t["rounds"], t["gain"]] for t in found["turns"]],
         "note": "Chosen by gold on half of the held-out prompts; the gain is that on the other half. Round 0 is SFT.",
     }
-    return [difference_table("Rounds: gold", found["rows"], found["control"]), kept]
+    tables = [difference_table("Rounds: gold", found["rows"], found["control"]), kept]
+    if found["choices"]:
+        tables.append(difference_table("Rounds: what each rule keeps", found["choices"], BY_JUDGE))
+    return tables

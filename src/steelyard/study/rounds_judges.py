@@ -1,0 +1,96 @@
+"""Judges of a study of rounds: which round would users keep who have no gold, and what does that round give them?
+
+A judge is a reward model trained on other pairs. It is trained when the rounds are over and reads the answers of their
+examination drawn once more, so that a study may be judged later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from steelyard.data.export import write_preferences
+from steelyard.data.load import load_prompts
+from steelyard.data.split import prompt_key
+from steelyard.evaluate.rounds import FIRST, GOLD, JUDGE, Keep, choose, examine_round
+from steelyard.evaluate.seeds import compare_arms
+from steelyard.iterate import RoundsConfig, examination
+from steelyard.run_dir import write_json_atomic
+from steelyard.simulate.world import gold
+from steelyard.simulate.write import WorldConfig, make_tables
+from steelyard.types import Preference
+
+JUDGED: Final = "judge.json"
+LAST: Final = "last round"
+BY_JUDGE: Final = "judge: best"
+RULES: Final[dict[str, tuple[str, Keep]]] = {
+    "gold: best": (GOLD, "best"),
+    BY_JUDGE: (JUDGE, "best"),
+    "judge: earliest": (JUDGE, "earliest"),
+    "first reward model: best": (FIRST, "best"),
+}
+"""What keeps a round: (criterion, `keep`); beside them the last round, which needs no rule."""
+
+
+def write_judge_pairs(world: WorldConfig, count: int, held_out: str, out: Path) -> Path:
+    """`count` pairs (a few fewer) of the world `world`, which must have another seed than the study's; those that ask
+    a held-out prompt are left out."""
+    if not out.exists():
+        examined = {prompt_key(p.prompt) for p in load_prompts(held_out).items}
+        sizes = {"sft": 1, "preferences": count, "rl_prompts": 1, "eval_prompts": 1}
+        rows = make_tables(world.model_copy(update=sizes))["preferences"]
+        pairs = [Preference(**row) for row in rows]
+        out.parent.mkdir(exist_ok=True)
+        write_preferences([p for p in pairs if prompt_key(p.prompt) not in examined], out)
+    return out
+
+
+def judge_run(config: RoundsConfig, judge: str, run: Path) -> None:
+    """The judge's rewards of the answers of all rounds of one run, beside their examinations: examine/judge.json.
+
+    Raises RuntimeError if answers, drawn once more, are others than those that were examined.
+    """
+    prompts, length, how = examination(config)
+    for folder in sorted(run.glob("round-*")):
+        examined, target = folder / "examine" / "round.json", folder / "examine" / JUDGED
+        if target.exists() or not examined.exists():
+            continue
+        policy = config.sft if folder.name == "round-00" else str(folder / "ppo" / "model")
+        rewards = {FIRST: config.reward_model, JUDGE: judge}
+        found = examine_round(policy, config.sft, rewards, prompts, gold, {}, how, max_length=length)["values"]
+        if not np.allclose(found[GOLD], json.loads(examined.read_text())["values"][GOLD]):
+            raise RuntimeError(f"{examined}: its answers cannot be drawn again; did another version begin the study?")
+        write_json_atomic(target, {JUDGE: found[JUDGE]})
+
+
+def choices(
+    examined: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], arms: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(gold of the round that each rule keeps, mean of the arms, less the judge's best; which round that is, by run).
+
+    `examined`: the rounds of each arm and seed, judged. All rules choose on every other prompt; gold is of the rest.
+    """
+    kept, gold_of = [], dict[str, list[list[Any]]]()
+    for rule in (*RULES, LAST):
+        for seed in seeds:
+            of_arms = []
+            for arm in arms:
+                rounds = examined[arm, seed]
+                number = len(rounds) - 1
+                if rule != LAST:
+                    by, keep = RULES[rule]
+                    number = choose(rounds, by, 0.0, keep)["round"]
+                rest = np.array(rounds[number]["values"][GOLD])[1::2]
+                kept.append({"rule": rule, "arm": arm, "seed": seed, "round": number, "gold": float(rest.mean())})
+                of_arms.append(rest)
+            gold_of.setdefault(rule, []).append(np.mean(of_arms, 0))
+    prompts = next(iter(examined.values()))[0]["prompts"][1::2]
+    values = {rule: np.stack(v) for rule, v in gold_of.items()}
+    clusters = [p for p in prompts for _ in range(values[LAST].shape[2])]
+    flat = {rule: v.reshape(len(v), -1) for rule, v in values.items()}
+    rows = compare_arms(flat, clusters=clusters, control=BY_JUDGE)
+    return [{"set": "the round kept", "measure": "gold", **row} for row in rows], kept
