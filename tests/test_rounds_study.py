@@ -180,9 +180,12 @@ class TestStudy:
         assert {k: v for k, v in found.items() if k not in ("choices", "kept")} == {
             k: v for k, v in before.items() if k not in ("choices", "kept")
         }
-        held_out = {json.loads(line)["prompt"] for line in (out / "data" / "eval_prompts.jsonl").open()}
+        held_out = {
+            json.loads(line)["prompt"] for line in (out / "data" / "eval_prompts.jsonl").read_text().splitlines()
+        }
         for seed in (3, 4):
-            pairs = [json.loads(line) for line in (out / "judges" / f"pairs-32-{seed}.jsonl").open()]
+            file = out / "judges" / f"pairs-32-{seed}.jsonl"
+            pairs = [json.loads(line) for line in file.read_text().splitlines()]
             assert held_out.isdisjoint(p["prompt"] for p in pairs)
             trained = read(out / "judges" / f"seed-{seed}" / "config.json")
             assert (trained["data"], trained["seed"]) == (str(out / "judges" / f"pairs-32-{seed}.jsonl"), seed)
