@@ -437,6 +437,14 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("run type.yaml --out new", ["type.yaml: epochs: no such setting", "data: must be a section"]),
         ("run study.yaml --out new", ["study.yaml: has the fields of a file for `steelyard study policy`"]),
         ("study rounds recipe.yaml --out new", ["recipe.yaml: has the fields of a file for `steelyard run`; use that"]),
+        (
+            "study policy study.yaml --workers 1 --out new",
+            ["--workers: is a field of the file", "`--set workers=VALUE`"],
+        ),
+        (
+            "run recipe.yaml --strength.members=3 --out new",
+            ["--strength.members: is a field", "--set strength.members="],
+        ),
         ("run recipe.yaml more.yaml --out new", ["Unrecognized options: more.yaml"]),
         ("demo --out new --set name", ["section.field=value, got 'name'"]),
         ("demo --out new --set strength.members=3", ["strength: members must be a multiple of folds"]),

@@ -30,6 +30,9 @@ def from_file(config: type[C], path: Path, args: Args, verb: str, about: str, ou
             (), description="changes such as `device=cuda` or `section.field=value` (values in YAML)"
         )
 
+    for name in (a[2:].partition("=")[0].replace("-", "_") for a in args if a.startswith("--")):
+        if name.partition(".")[0] in config.model_fields:
+            raise InputError(f"--{name}: is a field of the file; change it there, or with `--set {name}=VALUE`")
     where = (Path, tyro.MISSING if out is None else out, "folder to write to")
     options, extra = parse(RunOptions, args, verb=verb, about=about, yaml_first=False, out=where, resume=RESUME)
     values = read_yaml(path)
