@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -310,6 +311,16 @@ def test_answers_without_room_are_refused_before_anything_is_trained(
     assert start(tmp_path, monkeypatch, "--set", "policy.evaluate.sampling.max_new_tokens=160") == 2
     said = capsys.readouterr().err
     assert "policy.evaluate: run/data/eval_prompts.jsonl: 0 of 4 different prompts leave room for 160 new" in said
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_ppo_without_room_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = [f"policy.{part}.sampling.max_new_tokens=158" for part in ("ppo", "baselines")]
+    assert start(tmp_path, monkeypatch, "--set", *longer) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"policy\.arms\.[^:]+: run/data/prompts.jsonl: 0 of \d+ prompts leave room for 158 new tokens", said)
     assert not (tmp_path / "run" / "sft").exists()
 
 

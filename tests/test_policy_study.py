@@ -318,6 +318,13 @@ class TestGrid:
             run_policy_study(study(evaluate={"k": 2, "sampling": {"max_new_tokens": 160}}), tmp_path / "out")
         assert not (tmp_path / "out" / "seeds").exists()
 
+    def test_ppo_without_room_is_refused_before_anything_is_trained(self, tmp_path: Path) -> None:
+        longer = {"sampling": {"max_new_tokens": 158}}
+        own = study(ppo=TINY["ppo"] | longer, baselines=TINY["baselines"] | longer)
+        with pytest.raises(InputError, match=r"^arms\.plain: .*0 of \d+ prompts leave room for 158 new tokens"):
+            run_policy_study(own, tmp_path / "out")
+        assert not (tmp_path / "out" / "seeds").exists()
+
 
 def test_a_reward_model_may_be_trained_otherwise(tmp_path: Path, one_thread: None) -> None:
     cells = [{"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE"], "arm": "plain"}]

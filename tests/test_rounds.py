@@ -519,6 +519,12 @@ class TestRefusals:
         with pytest.raises(InputError, match="other: the judge must share one tokenizer with"):
             run_rounds(RoundsConfig(**settings | {"judge": str(other)}), tmp_path / "out")
 
+    def test_ppo_needs_room_before_any_reward_model_is_trained(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        ppo = settings["ppo"] | {"prompts_per_step": 10_000}
+        with pytest.raises(InputError, match="prompts_per_step = 10000 needs more"):
+            run_rounds(RoundsConfig(**settings | {"ppo": ppo}), tmp_path / "out")
+        assert not (tmp_path / "out" / "round-01").exists()
+
     def test_one_prompt_cannot_be_halved(self, settings: dict[str, Any], tmp_path: Path) -> None:
         one = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "w1 w2"}] * 3)
         with pytest.raises(InputError, match=r"2 different ones are needed; 1 of 1 leave room"):

@@ -31,7 +31,7 @@ from steelyard.run_dir import RunDir, write_json_atomic
 from steelyard.scorer import load_scorer
 from steelyard.train.metarm import MetaRMConfig, train_metarm
 from steelyard.train.pairwise import read_pairs
-from steelyard.train.ppo import train_ppo
+from steelyard.train.ppo import train_ppo, training_prompts
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.types import Prompt
 
@@ -114,6 +114,8 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
         run.restore()
         say_if_shared(config.prompts, config.eval_prompts)
         prompts, length, _ = examination(config)
+        encoder = Encoder.load(config.sft, max_length=length)
+        training_prompts(_ppo(config, Round(1, "", ""), baselines=""), encoder, quiet=True)
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
         for number in range(config.rounds + 1):

@@ -44,7 +44,7 @@ from steelyard.run_dir import completed, write_json_atomic, write_text_atomic
 from steelyard.scorer import load_scorer
 from steelyard.simulate.write import FILES, WorldConfig, write_world
 from steelyard.train.dpo import DPOConfig, train_dpo
-from steelyard.train.ppo import PPOConfig, train_ppo
+from steelyard.train.ppo import PPOConfig, train_ppo, training_prompts
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.train.sft import SFTConfig, train_sft
 from steelyard.types import Preference, Prompt, Strength
@@ -75,6 +75,11 @@ def prepare(recipe: Recipe, out: Path) -> Files:
     if recipe.policy is not None:
         config = evaluation_config(recipe, recipe.policy)
         examination_prompts(recipe, files, config, evaluation_length(recipe.policy), "policy.evaluate")
+        for name in arms_by(recipe.policy, "ppo"):
+            ppo = ppo_config(
+                recipe, recipe.policy, name, model="", prompts=files.prompts, reward_model="", baselines="", gold=None
+            )
+            require_training_prompts(recipe, files, ppo, f"policy.arms.{name}")
     return files
 
 
@@ -146,6 +151,18 @@ def examination_prompts(
     encoder = Encoder.load(start_tokenizer(recipe, files), max_length=max_length)
     try:
         return prompts_that_fit(files.eval_prompts or files.prompts, encoder, config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def require_training_prompts(recipe: Recipe, files: Files, config: PPOConfig, where: str) -> None:
+    """Raise InputError, naming the section `where`, if too few prompts leave room for PPO's responses.
+
+    Then baselines have room too: that theirs is no smaller is checked with the settings.
+    """
+    encoder = Encoder.load(start_tokenizer(recipe, files), max_length=config.max_length)
+    try:
+        training_prompts(config, encoder, quiet=True)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

@@ -22,7 +22,7 @@ from steelyard.recipe import reward_config, sft_config, strength_config
 from steelyard.run_dir import RunDir
 from steelyard.simulate.annotators import annotate
 from steelyard.simulate.world import gold
-from steelyard.stages import Files, examination_prompts, prepare
+from steelyard.stages import Files, examination_prompts, prepare, require_training_prompts
 from steelyard.study.folder import FREE, StudyFolder
 from steelyard.study.policy_config import (
     AS_LABELLED,
@@ -102,6 +102,10 @@ def _prepare(study: PolicyStudy, out: Path) -> tuple[Files, Exam]:
     files = prepare(recipe, out)
     length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
     prompts = examination_prompts(recipe, files, config, length, "evaluate")
+    for cell in {c.arm: c for c in study.grid() if c.kl_coef is not None}.values():
+        rewards = ("",) * members(study, cell.arm)
+        ppo = ppo_config(study, cell, 0, policy="", rewards=rewards, prompts=files.prompts, baselines="", gold=None)
+        require_training_prompts(recipe, files, ppo, f"arms.{cell.arm}")
     return files, Exam(tuple(prompts), config, length, study.looks)
 
 

@@ -127,7 +127,7 @@ class Task:
 
     def __init__(self, config: PPOConfig, encoder: Encoder, quiet: bool) -> None:
         self.gold = load_scorer(config.gold) if config.gold else None
-        self.prompts, self.ids, self.names = _prompts(config, encoder, quiet)
+        self.prompts, self.ids, self.names = training_prompts(config, encoder, quiet=quiet)
         self.streams = stream_keys(self.prompts)
         self.baselines_NK = _baselines(config, self.prompts, encoder)
 
@@ -350,8 +350,13 @@ def stream_keys(prompts: Sequence[Prompt]) -> list[str]:
     return keys
 
 
-def _prompts(config: PPOConfig, encoder: Encoder, quiet: bool) -> tuple[list[Prompt], list[tuple[int, ...]], list[str]]:
-    """(prompts, their tokens, their ids in the file)."""
+def training_prompts(
+    config: PPOConfig, encoder: Encoder, *, quiet: bool
+) -> tuple[list[Prompt], list[tuple[int, ...]], list[str]]:
+    """(prompts that leave room for a response, their tokens, their ids in the file).
+
+    Raises InputError if they are fewer than one step needs.
+    """
     room = config.max_length - config.sampling.max_new_tokens
     rows = load_prompts(config.prompts).items[: config.limit]
     prompts = [p.prompt for p in rows]
