@@ -320,7 +320,7 @@ def test_ppo_without_room_is_refused_before_anything_is_trained(
     longer = [f"policy.{part}.sampling.max_new_tokens=158" for part in ("ppo", "baselines")]
     assert start(tmp_path, monkeypatch, "--set", *longer) == 2
     said = capsys.readouterr().err
-    assert re.search(r"policy\.arms\.[^:]+: run/data/prompts.jsonl: 0 of \d+ prompts leave room for 158 new tokens", said)
+    assert re.search(r"policy\.arms\.[^:]+: run/data/prompts.jsonl: 0 of \d+ prompts leave room for 158 new", said)
     assert not (tmp_path / "run" / "sft").exists()
 
 
