@@ -417,7 +417,8 @@ def rounds_table(record: Mapping[str, Any]) -> dict[str, Any]:
         label = ("0 (SFT)" if r["round"] == 0 else str(r["round"])) + (" kept" if r["round"] == kept else "")
         cells = [f"{r[n]:.3f} [{r[f'{n}_low']:.3f}, {r[f'{n}_high']:.3f}]" for n in names]
         rows.append([label, *cells, r["kl"], r["ppl_sft"], r["length"]])
-    how = "" if record["criterion"]["keep"] == "best" else " The earliest round not told apart from the best is kept."
+    earliest = record["criterion"].get("keep") == "earliest"  # Records of earlier versions do not say.
+    how = " The earliest round not told apart from the best is kept." if earliest else ""
     note = f"Chosen by: {record['criterion']['why']}.{how}"
     if record["best"] is not None:
         gain = record["best"]["gain"]
