@@ -197,6 +197,9 @@ class TestStudy:
         best = int(np.argmax([j[::2].mean() for j in judge]))
         one = rules["judge: best", "MetaRM", 3]
         assert (one["round"], one["gold"]) == (best, pytest.approx(gold[best][1::2].mean()))
+        kl = [np.array(read(folder / f"round-0{n}" / "examine" / "round.json")["values"]["kl"]) for n in range(3)]
+        dear = int(np.argmax([(j - 0.1 * nats)[::2].mean() for j, nats in zip(judge, kl, strict=True)]))
+        assert rules["judge less 0.1 a nat: best", "MetaRM", 3]["round"] == dear
         assert rules["last round", "MetaRM", 3]["gold"] == pytest.approx(gold[2][1::2].mean())
         assert all(rules["judge: earliest", a, s]["round"] <= rules["judge: best", a, s]["round"]
                    for a in ARMS for s in (3, 4))  # fmt: skip
@@ -223,6 +226,11 @@ class TestStudy:
         finally:
             (folder / "round.json").write_text(honest)
         run_rounds_study(RoundsStudy(**TINY), done, resume=True)
+
+    def test_a_price_of_kl_needs_answers_of_the_policy_as_it_is(self, tmp_path: Path) -> None:
+        bent = TINY["iterate"] | {"evaluate": {"k": 2, "sampling": DRAWN | {"top_p": 0.9}}}
+        with pytest.raises(InputError, match="^arms.MetaRM: kl_price: the examination's answers must be drawn"):
+            run_rounds_study(RoundsStudy(**TINY | {"iterate": bent, "judge_pairs": 32}), tmp_path / "out")
 
     def test_one_judge_at_a_time(self) -> None:
         with pytest.raises(ValueError, match="judge is the study's own with judge_pairs"):

@@ -235,7 +235,11 @@ def criterion(config: RoundsConfig) -> tuple[str | None, str]:
     if config.gold is not None and config.keep_by != "judge":
         return GOLD, f"the gold scorer {config.gold}"
     if config.judge is not None:
-        return JUDGE, f"the reward model {config.judge}, trained on other data: a stand-in for people, no truth"
+        why = f"the reward model {config.judge}, trained on other data: a stand-in for people, no truth"
+        if not config.kl_price:
+            # recipes/policy-study: without a price judges kept rounds far behind the turn.
+            why += ", which can climb on where people would turn away: set kl_price, so that distance costs something"
+        return JUDGE, why
     return None, (
         "no gold scorer and no reward model trained on other data were given: the rewards that the rounds optimise "
         "cannot tell a better policy from one that deceives them, so all rounds are kept and none is called best"

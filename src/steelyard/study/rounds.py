@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -58,6 +58,9 @@ class RoundsStudy(Config):
         ge=2,
         description="pairs of other texts on which each seed's judge is trained, as `reward` says",
     )
+    judge_kl_prices: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.03, 0.1), description="with judge_pairs: what else a nat of KL may cost when the judge chooses"
+    )
     device: Device = "cpu"
     workers: int | None = Field(None, ge=1, description="runs side by side; none given: one per CPU, on a GPU one")
     threads: int = Field(1, ge=1, description="threads of each of them")
@@ -95,12 +98,14 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
     require_arms(study.arms, study.control, study.seeds)
     for arm in study.arms:
         config = rounds_config(study, arm, study.seeds[0], model="", first="", files=None)
+        if study.judge_pairs is not None and study.judge_kl_prices:
+            config = config.model_copy(update={"kl_price": max(study.judge_kl_prices)})
         try:
             iterate.check_settings(config)
         except InputError as error:
             raise InputError(f"arms.{arm}: {error}") from None
     first_config(study, study.seeds[0], model="", files=None)
-    free = (*FREE, "judge_pairs")
+    free = (*FREE, "judge_pairs", "judge_kl_prices")
     with StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms",)) as folder:
         files = folder.stage("data", lambda: prepare(recipe, out))
         model = folder.stage("SFT", lambda: sft(recipe, files, out))
@@ -240,7 +245,7 @@ def compare(study: RoundsStudy, out: Path) -> dict[str, Any]:
     kept: list[dict[str, Any]] = []
     if study.judge_pairs is not None:
         judged = {(a, s): examined[a][i] for a in study.arms for i, s in enumerate(seeds)}
-        chosen, kept = choices(judged, list(study.arms), seeds)
+        chosen, kept = choices(judged, list(study.arms), seeds, study.judge_kl_prices)
     return {
         "kind": "rounds",
         "control": study.control,

@@ -27,13 +27,21 @@ from steelyard.types import Preference
 JUDGED: Final = "judge.json"
 LAST: Final = "last round"
 BY_JUDGE: Final = "judge: best"
-RULES: Final[dict[str, tuple[str, Keep]]] = {
-    "gold: best": (GOLD, "best"),
-    BY_JUDGE: (JUDGE, "best"),
-    "judge: earliest": (JUDGE, "earliest"),
-    "first reward model: best": (FIRST, "best"),
-}
-"""What keeps a round: (criterion, `keep`); beside them the last round, which needs no rule."""
+Rule = tuple[str, Keep, float]
+"""What keeps a round: criterion, `keep`, `kl_price`."""
+
+
+def rules(prices: Sequence[float]) -> dict[str, Rule]:
+    """All rules by name; the last round, which needs none, is not among them."""
+    found: dict[str, Rule] = {
+        "gold: best": (GOLD, "best", 0.0),
+        BY_JUDGE: (JUDGE, "best", 0.0),
+        "judge: earliest": (JUDGE, "earliest", 0.0),
+    }
+    for price in prices:
+        found[f"judge less {price:g} a nat: best"] = (JUDGE, "best", price)
+        found[f"judge less {price:g} a nat: earliest"] = (JUDGE, "earliest", price)
+    return found | {"first reward model: best": (FIRST, "best", 0.0)}
 
 
 def write_judge_pairs(world: WorldConfig, count: int, held_out: str, out: Path) -> Path:
@@ -68,22 +76,25 @@ def judge_run(config: RoundsConfig, judge: str, run: Path) -> None:
 
 
 def choices(
-    examined: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], arms: Sequence[str], seeds: Sequence[int]
+    examined: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    prices: Sequence[float],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(gold of the round that each rule keeps, mean of the arms, less the judge's best; which round that is, by run).
 
     `examined`: the rounds of each arm and seed, judged. All rules choose on every other prompt; gold is of the rest.
     """
-    kept, gold_of = [], dict[str, list[list[Any]]]()
-    for rule in (*RULES, LAST):
+    kept, gold_of, known = [], dict[str, list[Any]](), rules(prices)
+    for rule in (*known, LAST):
         for seed in seeds:
             of_arms = []
             for arm in arms:
                 rounds = examined[arm, seed]
                 number = len(rounds) - 1
                 if rule != LAST:
-                    by, keep = RULES[rule]
-                    number = choose(rounds, by, 0.0, keep)["round"]
+                    by, keep, price = known[rule]
+                    number = choose(rounds, by, price, keep)["round"]
                 rest = np.array(rounds[number]["values"][GOLD])[1::2]
                 kept.append({"rule": rule, "arm": arm, "seed": seed, "round": number, "gold": float(rest.mean())})
                 of_arms.append(rest)
