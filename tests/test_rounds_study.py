@@ -229,7 +229,7 @@ class TestStudy:
 
     def test_a_price_of_kl_needs_answers_of_the_policy_as_it_is(self, tmp_path: Path) -> None:
         bent = TINY["iterate"] | {"evaluate": {"k": 2, "sampling": DRAWN | {"top_p": 0.9}}}
-        with pytest.raises(InputError, match="^arms.MetaRM: kl_price: the examination's answers must be drawn"):
+        with pytest.raises(InputError, match=r"^arms\.MetaRM: kl_price: the examination's answers must be drawn"):
             run_rounds_study(RoundsStudy(**TINY | {"iterate": bent, "judge_pairs": 32}), tmp_path / "out")
 
     def test_one_judge_at_a_time(self) -> None:
