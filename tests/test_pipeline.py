@@ -439,8 +439,9 @@ def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
 
 def test_dpo_arms_get_the_settings_of_their_repair() -> None:
     repair = {"plain": {"recipe": "keep"}, "soft": {"recipe": "soft+margin", "margin_in_flip": False}}
-    arms = {"first": DPO, "soft": DPO | {"data": "soft"}, "other": DPO | {"data": "soft", "rm": "plain"},
-            "blind": DPO | {"data": "soft", "eval_every": None, "use_margin": False}}  # fmt: skip
+    arms = {"first": DPO, "soft": DPO | {"data": "soft", "use_margin": True},
+            "other": DPO | {"data": "soft", "rm": "plain"},
+            "blind": DPO | {"data": "soft", "eval_every": None}}  # fmt: skip
     policy = {"dpo": {"beta": 0.3, "max_length": 99}, "arms": arms}
     recipe = Recipe.model_validate({"world": {}, "sft": {}, "repair": repair, "policy": policy})
     check(recipe)
@@ -452,6 +453,8 @@ def test_dpo_arms_get_the_settings_of_their_repair() -> None:
     paths: dict[str, Any] = {"data": "d", "model": "m", "prompts": "p", "reward_model": "r", "gold": None}
     found = {n: dpo_config(recipe, recipe.policy, n, options, validation={"v": "f"}, **paths) for n in arms}
     assert {(c.beta, c.max_length, c.data, c.model) for c in found.values()} == {(0.3, 99, "d", "m")}
-    assert not found["soft"].margin_in_flip
+    assert {n: (c.use_margin, c.margin_in_flip) for n, c in found.items()} == {
+        "first": (False, True), "soft": (True, False), "other": (False, True), "blind": (False, True)
+    }  # fmt: skip
     assert (found["soft"].prompts, found["soft"].reward_model, found["soft"].validation) == ("p", "r", {"v": "f"})
     assert (found["blind"].prompts, found["blind"].reward_model, found["blind"].validation) == (None, None, {})

@@ -117,7 +117,8 @@ def test_what_flips_weights_and_swaps_do(language_model: Folders, encoder: Encod
     folder = language_model("llama")
     wrong = [replace(p, flip_prob=1.0, margin=-0.7, weight=1.0) for p in pairs]
     swapped = [replace(p, chosen=p.rejected, rejected=p.chosen, flip_prob=0.0, margin=0.7) for p in wrong]
-    a, b = step(encoder, wrong, folder), step(encoder, swapped, folder)
+    margins = CONFIG.model_copy(update={"use_margin": True})
+    a, b = step(encoder, wrong, folder, margins), step(encoder, swapped, folder, margins)
     torch.testing.assert_close(a[0][:, 0], b[0][:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(a[0][:, [2, 3, 4, 5]], b[0][:, [3, 2, 5, 4]], rtol=1e-4, atol=1e-4)
     assert same(a[1], b[1])
@@ -189,6 +190,17 @@ def test_it_learns_the_planted_rule_and_says_how_far_it_went(
             margins.append(0.1 * (ratio[0] - ratio[1]).item())
     assert held_out[-1]["validation/held-out/margin"] == pytest.approx(np.mean(margins), rel=1e-3)
     assert train_dpo(config, tmp_path / "dpo", resume=True, quiet=True) == result
+
+
+def test_margins_that_are_left_out_are_told(
+    language_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"margin": 0.5 * (i % 2)} for i, row in enumerate(tiny.planted_pairs(8, seed=1)[0])]
+    data = {"data": tiny.write_jsonl(tmp_path / "margins.jsonl", rows), "model": language_model("llama")}
+    for use, told in ((False, True), (True, False)):
+        config = DPOConfig.model_validate(data | {"use_margin": use, "eval_every": None, "batch_size": 8})
+        train_dpo(config, tmp_path / str(use))
+        assert ("margins.jsonl: the margins of 4 pairs are left out" in capsys.readouterr().out) == told
 
 
 def test_another_reference_is_the_one_that_counts(

@@ -245,7 +245,7 @@ def _dpo(where: str, settings: Settings, options: RepairOptions, seen: Settings,
         fixed |= seen
     elif clash := set(settings) & set(seen):
         raise InputError(f"{where}: {', '.join(sorted(clash))}: no effect without eval_every; leave out")
-    if settings.get("use_margin", True):
+    if settings.get("use_margin", DPOConfig.model_fields["use_margin"].default):
         fixed["margin_in_flip"] = options.margin_in_flip
     return build(DPOConfig, where, settings, **fixed)
 

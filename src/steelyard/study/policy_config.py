@@ -240,7 +240,7 @@ def dpo_config(study: PolicyStudy, cell: Cell, seed: int, *, data: str, model: s
     """Settings of one DPO run. It is looked at as PPO runs are, so it examines nothing itself."""
     own = {n: v for n, v in study.arms[cell.arm].items() if n not in OF_ARMS}
     settings = {"seed": seed, "device": study.device, "eval_every": None} | study.dpo | own
-    if settings.get("use_margin", True) and "margin_in_flip" not in settings:
+    if settings.get("use_margin", DPOConfig.model_fields["use_margin"].default) and "margin_in_flip" not in settings:
         settings["margin_in_flip"] = repair_of(study, cell.repair)[0].margin_in_flip
     return build(DPOConfig, f"arms.{cell.arm}", settings, data=data, model=model)
 

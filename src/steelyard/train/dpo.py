@@ -53,8 +53,11 @@ class DPOConfig(Config):
     model: str = Field(description="model folder to start from: the SFT model")
     reference: str | None = Field(None, description="model folder to stay near to; none given: `model`")
     beta: float = Field(0.1, gt=0, description="how dearly the distance from the reference is paid")
-    use_margin: bool = Field(True, description="read the pairs' margins, as reward-model training does")
-    margin_in_flip: bool = Field(True, description="whether the margin also enters the flipped term of a soft label")
+    # A margin of 1 asks for 1 / beta nats, and ruined policies (recipes/policy-study, fresh seeds).
+    use_margin: bool = Field(False, description="read the pairs' margins, as reward-model training does")
+    margin_in_flip: bool = Field(
+        True, description="with use_margin: whether the margin also enters the flipped term of a soft label"
+    )
     validation: dict[str, str] = Field(
         default_factory=dict, description="name -> preference file, examined as it trains"
     )
@@ -336,6 +339,9 @@ def _read(
     sets = {"": config.data} | (config.validation if config.eval_every else {})
     read = {name: read_pairs(path, encoder, on_invalid=config.on_invalid, say=say) for name, path in sets.items()}
     require_weight(config.data, read[""][0])
+    unread = 0 if config.use_margin else sum(p.margin != 0 for p in read[""][0])
+    if unread and say is not None:
+        say(f"{config.data}: the margins of {unread} pairs are left out (use_margin reads them)")
     distinct = list(dict.fromkeys(tree for _, trees in read.values() for tree in trees))
     stored = _reference_logprobs(config, encoder, reference, distinct, out / "reference")
     place = {tree: i for i, tree in enumerate(distinct)}
