@@ -194,7 +194,7 @@ def test_the_help_of_a_file_says_what_its_fields_may_hold(capsys: pytest.Capture
         "- sft: the SFT model's folder: round 1 starts from it, and it is the reference of the KL (required)",
         "(one of metarm, plain, fixed; default: metarm)",
         "- rounds: rounds at most (default: 4)",
-        "(one of gold, judge, nothing) - kl_price",
+        "(one of gold, judge, nothing) - keep:",
     ):
         assert said in told
     assert main(["study", "data", "--help"]) == 0
