@@ -178,7 +178,8 @@ class TestTraining:
         self, gpu: Any, contrastive: dict[str, Any], language_model: Folders, planted: dict[str, str], tmp_path: Path
     ) -> None:
         if contrastive and gpu is real_gpu:
-            pytest.skip("dropout masks follow from a generator of the device: other masks than on the CPU")
+            # Masks follow from a generator of the device. Where next to nothing is dropped, both devices must agree.
+            contrastive = contrastive | {"dropout": 1e-12}
         settings: dict[str, Any] = {"optim": {"lr": 1e-3}, "eval_every": 2, "log_every": 1, "save_every": 1, **SHORT}
         config = RewardConfig(
             data=planted["held-out"], model=language_model("llama"), validation={"v": planted["held-out"]}, epochs=0.1,

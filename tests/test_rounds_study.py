@@ -232,6 +232,10 @@ class TestStudy:
         with pytest.raises(InputError, match=r"^arms\.MetaRM: kl_price: the examination's answers must be drawn"):
             run_rounds_study(RoundsStudy(**TINY | {"iterate": bent, "judge_pairs": 32}), tmp_path / "out")
 
+    def test_prices_are_idle_without_a_judge(self) -> None:
+        with pytest.raises(ValueError, match="judge_kl_prices: no effect without judge_pairs"):
+            RoundsStudy(**TINY | {"judge_kl_prices": [0.1]})
+
     def test_one_judge_at_a_time(self) -> None:
         with pytest.raises(ValueError, match="judge is the study's own with judge_pairs"):
             RoundsStudy(**TINY | {"judge_pairs": 32, "arms": {"x": {"judge": "folder"}}})

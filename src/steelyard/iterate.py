@@ -113,8 +113,7 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             return json.loads((out / RECORD).read_text())
         run.restore()
         say_if_shared(config.prompts, config.eval_prompts)
-        prompts, length, _ = examination(config)
-        encoder = Encoder.load(config.sft, max_length=length)
+        prompts, encoder, _ = examination(config)
         training_prompts(_ppo(config, Round(1, "", ""), baselines=""), encoder, quiet=True)
         now = Round(0, config.sft, config.reward_model)
         examined: list[dict[str, Any]] = []
@@ -126,7 +125,7 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
                 # A guard of PPO's, or training that diverged: this way leads no further, and what there is, is kept.
                 failure = f"round {number} failed: {error.__cause__ or error}"
             else:
-                examined.append(_examine(config, now, prompts, length, out))
+                examined.append(_examine(config, now, prompts, encoder.max_length, out))
             record = _record(config, examined, failure)
             write_json_atomic(out / RECORD, record)
             if record["best"] is not None:
@@ -325,10 +324,11 @@ def _ppo(config: RoundsConfig, now: Round, *, baselines: str) -> PPOConfig:
     return _build(PPOConfig, "ppo", config.ppo, _where(config), **filled)
 
 
-def examination(config: RoundsConfig) -> tuple[list[Prompt], int, PolicyEvaluationConfig]:
-    """(held-out prompts, the policy's max_length, how answers are drawn). Raises InputError for too few prompts."""
-    length, how = _ppo(config, Round(1, "", ""), baselines="").max_length, _evaluation(config)
-    return held_out(config.eval_prompts, Encoder.load(config.sft, max_length=length), how), length, how
+def examination(config: RoundsConfig) -> tuple[list[Prompt], Encoder, PolicyEvaluationConfig]:
+    """(held-out prompts, what reads them, how answers are drawn). Raises InputError for too few prompts."""
+    encoder = Encoder.load(config.sft, max_length=_ppo(config, Round(1, "", ""), baselines="").max_length)
+    how = _evaluation(config)
+    return held_out(config.eval_prompts, encoder, how), encoder, how
 
 
 def _evaluation(config: RoundsConfig) -> PolicyEvaluationConfig:

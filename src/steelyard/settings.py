@@ -62,7 +62,7 @@ def parse(
         fields.append((name, kind) if value is tyro.MISSING else (name, kind, field(default=value)))
     holder = make_dataclass("Options", fields, kw_only=True)
     parsed: Any = tyro.cli(holder, args=args, prog=f"steelyard {verb}", description=about)
-    options = _options(args)
+    options = option_names(args)
     chosen = [found for name in options if (found := _find(config, name))]
     values = copy.deepcopy(given)
     for dotted in chosen:
@@ -132,7 +132,7 @@ def _draft(config: type[Config], given: Any = (), start: Config | None = None) -
     return make_dataclass(config.__name__, fields, kw_only=True)
 
 
-def _options(args: Sequence[str]) -> list[str]:
+def option_names(args: Sequence[str]) -> list[str]:
     """Names of the options, with underscores. Raises InputError if one occurs twice: the first would be lost."""
     names = [a[2:].partition("=")[0].replace("-", "_") for a in args if a.startswith("--")]
     for name in names:

@@ -15,7 +15,7 @@ from steelyard.commands.common import RESUME, Args, show
 from steelyard.config import Config
 from steelyard.errors import InputError
 from steelyard.report import build_report
-from steelyard.settings import checked, command_line, override, parse, read_yaml
+from steelyard.settings import checked, command_line, option_names, override, parse, read_yaml
 
 C = TypeVar("C", bound=Config)
 
@@ -30,7 +30,7 @@ def from_file(config: type[C], path: Path, args: Args, verb: str, about: str, ou
             (), description="changes such as `device=cuda` or `section.field=value` (values in YAML)"
         )
 
-    for name in (a[2:].partition("=")[0].replace("-", "_") for a in args if a.startswith("--")):
+    for name in option_names(args):
         if name.partition(".")[0] in config.model_fields:
             raise InputError(f"--{name}: is a field of the file; change it there, or with `--set {name}=VALUE`")
     where = (Path, tyro.MISSING if out is None else out, "folder to write to")

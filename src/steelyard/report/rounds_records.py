@@ -67,7 +67,7 @@ class Criterion(Record):
     by: str | None = None
     why: str = ""
     kl_price: float = 0.0
-    keep: str = "best"
+    keep: Literal["best", "earliest"] = "best"
 
 
 class RoundsFile(Record):

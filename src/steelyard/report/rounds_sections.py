@@ -62,10 +62,9 @@ def rounds_section(run: Run) -> Section | None:
         "plain": "trained on plainly, without a look at the policy's responses",
         "fixed": "the same in all rounds",
     }
-    chosen = _KEPT.get(found.criterion.keep, found.criterion.keep)
     intro = (
         f"Round 0 is the SFT model. The reward model: {how.get(found.reward, found.reward)}. The KL is measured from "
-        f"the SFT model in every round. {chosen} is chosen by: {found.criterion.why}."
+        f"the SFT model in every round. {_KEPT[found.criterion.keep]} is chosen by: {found.criterion.why}."
     )
     if found.best is not None:
         gain = interval(found.best.gain.value, found.best.gain.low, found.best.gain.high)
@@ -171,8 +170,10 @@ def _choices(study: RoundsStudyFile) -> list[Block]:
         [arm, seed, *(f"{of[r, arm, seed].round} ({of[r, arm, seed].gold:.2f})" for r in rules)] for arm, seed in runs
     ]
     columns = (("arm", None), ("seed", count), *((rule, None) for rule in rules))
+    control = next(row.arm for row in study.choices if row.difference is None)
+    title = "Gold of the round that each rule keeps, mean of the arms"
     return [
-        seed_rows_table("Gold of the round that each rule keeps, mean of the arms", study.choices, "judge: best"),
+        seed_rows_table(title, study.choices, control, of="rule"),
         table("Rounds that each rule keeps (gold)", columns, rows, note=note),
     ]
 

@@ -125,10 +125,11 @@ def difference_figure(
     return Figure(title, _BARS.format(drawn=over(seeds, units)), panels)
 
 
-def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:
-    """Value of each arm on each set and its difference to the control, with intervals and by seed."""
+def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str, of: str = "arm") -> Block:
+    """Value of each arm (or what `of` says that rows are) on each set and its difference to the control, with
+    intervals and by seed."""
     columns = (
-        ("set", None), ("measure", None), ("arm", None), ("n", count), ("value", str),
+        ("set", None), ("measure", None), (of, None), ("n", count), ("value", str),
         (f"difference to {control}", str), ("by seed", str),
     )  # fmt: skip
     cells = []
@@ -138,7 +139,7 @@ def seed_rows_table(title: str, rows: Sequence[SeedRow], control: str) -> Block:
         difference = None if d is None else interval(d.value, d.low, d.high)
         measure = MEASURES.get(r.measure, r.measure)
         cells.append((r.set, measure, r.arm, r.n, interval(r.value, r.low, r.high), difference, by_seed))
-    return table(title, columns, cells, note="By seed: the difference of each seed. Intervals as in the figure.")
+    return table(title, columns, cells, note="By seed: the difference of each seed. Intervals of 95 %.")
 
 
 def seed_curves(

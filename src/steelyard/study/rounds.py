@@ -59,7 +59,7 @@ class RoundsStudy(Config):
         description="pairs of other texts on which each seed's judge is trained, as `reward` says",
     )
     judge_kl_prices: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.01, 0.03, 0.1), description="with judge_pairs: what else a nat of KL may cost when the judge chooses"
+        (0.01, 0.02, 0.03, 0.05, 0.1), description="with judge_pairs: what a nat of KL may cost where one chooses"
     )
     device: Device = "cpu"
     workers: int | None = Field(None, ge=1, description="runs side by side; none given: one per CPU, on a GPU one")
@@ -78,6 +78,8 @@ class RoundsStudy(Config):
                 )
             if self.judge_pairs is not None and "judge" in settings:
                 raise ValueError(f"{where}: judge is the study's own with judge_pairs; leave one of the two out")
+        if self.judge_pairs is None and "judge_kl_prices" in self.given():
+            raise ValueError("judge_kl_prices: no effect without judge_pairs; leave out, or give judge_pairs")
         return self
 
 

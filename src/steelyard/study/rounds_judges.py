@@ -41,7 +41,9 @@ def rules(prices: Sequence[float]) -> dict[str, Rule]:
     for price in prices:
         found[f"judge less {price:g} a nat: best"] = (JUDGE, "best", price)
         found[f"judge less {price:g} a nat: earliest"] = (JUDGE, "earliest", price)
-    return found | {"first reward model: best": (FIRST, "best", 0.0)}
+    # What of all this is the judge's doing: the same with the reward model that was optimised.
+    found["first reward model: best"] = (FIRST, "best", 0.0)
+    return found | {f"first reward model less {p:g} a nat: best": (FIRST, "best", p) for p in prices}
 
 
 def write_judge_pairs(world: WorldConfig, count: int, held_out: str, out: Path) -> Path:
@@ -62,14 +64,16 @@ def judge_run(config: RoundsConfig, judge: str, run: Path) -> None:
 
     Raises RuntimeError if answers, drawn once more, are others than those that were examined.
     """
-    prompts, length, how = examination(config)
+    prompts, encoder, how = examination(config)
     for folder in sorted(run.glob("round-*")):
         examined, target = folder / "examine" / "round.json", folder / "examine" / JUDGED
         if target.exists() or not examined.exists():
             continue
         policy = config.sft if folder.name == "round-00" else str(folder / "ppo" / "model")
         rewards = {FIRST: config.reward_model, JUDGE: judge}
-        found = examine_round(policy, config.sft, rewards, prompts, gold, {}, how, max_length=length)["values"]
+        found = examine_round(policy, config.sft, rewards, prompts, gold, {}, how, max_length=encoder.max_length)[
+            "values"
+        ]
         if not np.allclose(found[GOLD], json.loads(examined.read_text())["values"][GOLD]):
             raise RuntimeError(f"{examined}: its answers cannot be drawn again; did another version begin the study?")
         write_json_atomic(target, {JUDGE: found[JUDGE]})
