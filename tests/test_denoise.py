@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from steelyard import denoise
-from steelyard.denoise import RECIPES, RepairOptions, repair
+from steelyard.denoise import RECIPES, Change, RepairOptions, repair
 from steelyard.errors import InputError
 from steelyard.strength import summarise
 from steelyard.types import Preference, Strength
@@ -239,6 +239,28 @@ def test_soften_and_random_flip_give_evidence() -> None:
     assert {c.evidence.split(";")[0] for c in changes} == {"chosen and rejected swapped at random"}
 
 
+def test_a_shuffle_keeps_what_is_edited_and_leaves_to_chance_where() -> None:
+    n = 40
+    pairs = [pair(i) for i in range(n)]
+    members_MN = np.linspace([-2.0, -1.0], [3.0, 2.0], n).T
+    strengths = [None if i % 10 == 9 else s for i, s in enumerate(summarise(members_MN))]
+
+    def edits(**options: Any) -> tuple[list[tuple[float, float]], list[Change]]:
+        repaired, changes = repair(pairs, strengths, RepairOptions(recipe="soft+margin", **options))
+        return [(p.flip_prob, p.margin) for p in repaired], changes
+
+    plain, _ = edits()
+    dealt, changes = edits(shuffle=True)
+    assert sorted(dealt) == sorted(plain)
+    assert sum(a != b for a, b in zip(dealt, plain, strict=True)) > n / 2
+    assert dealt == edits(shuffle=True, seed=0)[0] != edits(shuffle=True, seed=1)[0]
+    assert all(dealt[i] == (0.0, 0.0) for i in range(9, n, 10)), "a pair without a strength stays as it is"
+    told = {c.evidence.endswith("(of another pair: control)") for c in changes if c.action != "unmeasured"}
+    assert told == {True}
+    flipped = repair(pairs, strengths, RepairOptions(recipe="flip", q=0.25, shuffle=True))[0]
+    assert sum(p.chosen != q.chosen for p, q in zip(flipped, pairs, strict=True)) == 9  # a quarter of 36
+
+
 # Options
 
 MARGIN = {"margin_scale", "margin_cap", "negative_margins"}
@@ -253,6 +275,7 @@ READS = {
     "random flip": {"q", "seed"},
     "oracle flip": set(),
 }
+READS |= {name: READS[name] | {"shuffle"} for name in READS if name not in ("keep", "random flip", "oracle flip")}
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -264,6 +287,12 @@ def test_options_without_effect_are_refused_by_name(recipe: str) -> None:
         else:
             with pytest.raises(ValidationError, match=f"recipe '{recipe}' does not read {name};".replace("+", r"\+")):
                 RepairOptions(recipe=recipe, **{name: value})
+
+
+def test_a_shuffle_reads_the_seed() -> None:
+    assert RepairOptions(recipe="soft+margin", shuffle=True, seed=3).seed == 3
+    with pytest.raises(ValidationError, match="does not read seed"):
+        RepairOptions(recipe="soft+margin", shuffle=False, seed=3)
 
 
 def test_a_saved_configuration_reads_back() -> None:
@@ -315,4 +344,6 @@ def test_repair_mends_planted_errors() -> None:
     for recipe in ("flip", "drop"):
         assert errors(recipe, q=0.2) < 0.25 * noisy
     assert errors("soft+margin") < 0.6 * noisy
+    assert errors("flip", q=0.2, shuffle=True) > 1.3 * noisy
+    assert errors("soft+margin", shuffle=True) > 0.9 * noisy
     assert errors("random flip", q=0.2) > 1.3 * noisy

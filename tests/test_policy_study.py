@@ -97,7 +97,7 @@ def start(folder: Path, *more: str, **changes: Any) -> int:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     root = tmp_path_factory.mktemp("policy-study")
-    assert start(root) == 0
+    assert start(root, compare=[{"of": {"repair": "oracle", "arm": "plain"}, "less": {"arm": "DPO"}}]) == 0
     return root / "out"
 
 
@@ -288,6 +288,8 @@ class TestGrid:
             ({"cells": [{"arm": "plain", "repair": "other"}]}, "cells.0.repair: must be of"),
             ({"cells": [{"arm": "contrastive"}], "recommended": None}, "no plain arm"),
             ({"recommended": {"arm": "RLOO", "repair": "oracle"}}, "recommended: no cell"),
+            ({"compare": [{"of": {"arm": "RLOO", "kl_coef": 9}, "less": {"arm": "DPO"}}]}, "compare.0: no labels have"),
+            ({"compare": [{"of": {"arm": "DPO"}, "less": {"arm": "DPO"}}]}, "compare.0: of and less are the same"),
             ({"world": {"seed": 3}}, "world: seed: use `world_seed`"),
             ({"seeds": [1, 1]}, "seeds: must differ"),
             ({"at_kl": [0.0]}, "at_kl: must be above 0"),
@@ -393,6 +395,11 @@ class TestStudy:
         assert not any(at == "KL 50" for *_, at in rows)  # nobody came so far
         assert rows["recommended", "contrastive", "oracle", "end of the run"]["against"]["repair"] == "none"
         assert rows["repair", "contrastive", "oracle", "end of the run"]["against"]["arm"] == "contrastive"
+        asked = rows["asked for", "plain", "oracle", "end of the run"]
+        assert (asked["world"], asked["against"]["arm"]) == ("systematic 20 %", "DPO")
+        repaired = [load_arrays(sorted((run_of(done, s, Cell("systematic", 0.2, "oracle", "plain", 0.05)) / "looks")
+                                       .iterdir())[-1])["gold"] for s in (0, 1)]  # fmt: skip
+        assert asked["seeds"] == pytest.approx([np.mean(a - b) for a, b in zip(repaired, ends["DPO"], strict=True)])
         (win,) = (
             w for w in found["wins"]
             if [(w[c]["arm"], w[c]["repair"]) for c in "ab"] == [("contrastive", "none"), ("plain", "none")]
@@ -436,7 +443,8 @@ class TestStudy:
     def test_the_report_shows_it(self, done: Path) -> None:
         page = (done / "report.html").read_text()
         for text in ("Over-optimisation", "Gold against distance: plain PPO and the recommended", "flip-rate identity",
-                     "Runs that were stopped", "What label noise does", "By difficulty of the prompt"):  # fmt: skip
+                     "Runs that were stopped", "What label noise does", "By difficulty of the prompt",
+                     "Further comparisons, named in the study file"):  # fmt: skip
             assert text in page
         assert page.count('class="plot"') >= 12
         assert "24 answers, judge: gold" in page  # of 2 seeds to 6 prompts, 2 each

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,24 @@ def test_a_prompt_is_kept_once_and_memory_stays_as_taken(language_model: Folders
     assert before == [x.data_ptr() for pair in (*reader.prefix, *reader.suffix) for x in pair]
 
 
+def test_a_group_s_memory_is_free_before_the_next_is_taken(
+    language_model: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = SharedReader(load(language_model))
+    with torch.no_grad():
+        reader.start(PROMPTS, k=4, room=6)
+        old = [weakref.ref(x) for pair in (*reader.prefix, *reader.suffix) for x in pair]
+        alive, take = [], reader._cache
+
+        def watched(*args: Any, **more: Any) -> Tensor:
+            alive.append(sum(x() is not None for x in old))
+            return take(*args, **more)
+
+        monkeypatch.setattr(reader, "_cache", watched)
+        reader.start(PROMPTS, k=4, room=6)
+    assert alive == [0] * len(old)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_leave_do_not_disturb_those_that_stay(seed: int, language_model: Folders) -> None:
@@ -218,6 +238,27 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(seed: int, language_mode
         here = here[some.leave(keep)]
     assert len(here) < 6
     assert len(some.lengths_p) == len({i // k for i in here.tolist()}), "prompts without samples are gone"
+
+
+@torch.no_grad()
+def test_every_order_in_which_two_prompts_end_leaves_the_others_their_own(language_model: Folders) -> None:
+    """The rows that stay are as many as the slots then, but need not stand in their order."""
+    model, k, prompts = load(language_model), 2, PROMPTS[:4]
+    tokens = torch.arange(8 * 5).view(8, 5) % (len(tiny.VOCABULARY) - 4) + 4
+    full, some = SharedReader(model), SharedReader(model)
+    full.start(prompts, k=k, room=5)
+    expected = [full.read(tokens[:, t]) for t in range(5)]
+    moved = 0
+    for ending in combinations(range(4), 2):
+        for order in permutations(row for p in ending for row in (k * p, k * p + 1)):
+            some.start(prompts, k=k, room=5)
+            here = torch.arange(8)
+            for t in range(5):
+                torch.testing.assert_close(some.read(tokens[here, t]), expected[t][here], rtol=1e-4, atol=1e-4)
+                if t < 4:
+                    here = here[some.leave(here != order[t])]
+            moved += (some.slot_R // k).tolist() != [0, 0, 1, 1]
+    assert moved > 10
 
 
 def test_prompts_are_read_in_pieces_of_bounded_size() -> None:

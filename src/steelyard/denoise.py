@@ -60,6 +60,7 @@ _READS: dict[str, set[str]] = {
     "random flip": {"q", "seed"},
     "oracle flip": set(),
 }
+_BY_STRENGTH = frozenset(_READS) - {"random flip", "oracle flip"}
 
 
 class RepairOptions(Config):
@@ -95,12 +96,19 @@ class RepairOptions(Config):
         default=True,
         description="whether the margin enters both terms of the smoothed loss; the trainer hands it to bradley_terry",
     )
-    seed: int = Field(default=0, ge=0, description="which pairs the random flip draws")
+    shuffle: bool = Field(
+        default=False,
+        description="control: every measured pair is repaired by the strength of another one, dealt out at random",
+    )
+    seed: int = Field(default=0, ge=0, description="which pairs the random flip draws, which strengths a shuffle deals")
 
     @model_validator(mode="after")
     def _refuse_idle_options(self) -> RepairOptions:
         fields = type(self).model_fields
-        read = {"recipe"}.union(*(_READS[step] for step in RECIPES[self.recipe]))
+        steps = set(RECIPES[self.recipe])
+        read = {"recipe"}.union(*(_READS[step] for step in steps))
+        if steps & _BY_STRENGTH:
+            read |= {"shuffle", "seed"} if self.shuffle else {"shuffle"}
         idle = self.model_fields_set - read
         if self.model_fields_set == set(fields):
             idle = {name for name in idle if getattr(self, name) != fields[name].default}
@@ -110,6 +118,11 @@ class RepairOptions(Config):
                 f"remove it or choose another recipe (this one reads: {', '.join(sorted(read - {'recipe'})) or 'none'})"
             )
         return self
+
+    @property
+    def drawn(self) -> bool:
+        """Whether `seed` decides which pairs are repaired, and how."""
+        return self.recipe == "random flip" or self.shuffle
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +165,28 @@ def repair(
     if set(steps) - {"oracle flip"}:
         unmeasured = (p for p, s in zip(preferences, strengths, strict=True) if s is None)
         changes = [Change(p.id, "unmeasured", p, p, "no strength was measured") for p in unmeasured]
-    current, measured = list(preferences), list(strengths)
+    current, measured = list(preferences), shuffled(strengths, options.seed) if options.shuffle else list(strengths)
     for name in steps:
         after, measured_after = _step(name, options, wrong)(current, measured)
-        changes += _changes(name, current, measured, after)
+        new = _changes(name, current, measured, after)
+        control = " (of another pair: control)" if options.shuffle else ""
+        changes += [replace(c, evidence=c.evidence + control) for c in new]
         current, measured = after, measured_after
     return current, changes
+
+
+def shuffled(strengths: Strengths, seed: int) -> list[Strength | None]:
+    """The control of every repair by strength: the measured strengths dealt out among the measured pairs.
+
+    As many labels are flipped, softened or dropped, and by the same values; only which pair has which is chance. What a
+    repair gains over this is the strengths' doing; what this gains over no repair is that of softer labels and margins
+    as such.
+    """
+    places = [i for i, s in enumerate(strengths) if s is not None]
+    dealt = list(strengths)
+    for i, j in zip(places, random.Random(seed).sample(places, len(places)), strict=True):
+        dealt[i] = strengths[j]
+    return dealt
 
 
 def flip(

@@ -33,9 +33,10 @@ from steelyard.report.study_records import Difference
 
 _AXIS = "√KL to the SFT model, √nats"
 _CELL = (("labels", None), ("repair", None), ("arm", None), ("KL weight", None))
-HEAVIER = "arm, heavier KL"
+HEAVIER, ASKED = "arm, heavier KL", "asked for"
 _KINDS = {
     "recommended": "Recommended settings against plain PPO on the labels as they are",
+    ASKED: "Further comparisons, named in the study file",
     "arm": "Arms against plain PPO with the same labels, repair and KL weight",
     "repair": "Repaired labels against labels as they are, or another repair, same arm and KL weight",
     "KL weight": "Another KL weight against the study's own, same labels, repair and arm",
@@ -211,6 +212,8 @@ def _brief(d: CellDifference, usual: float) -> str:
     repaired = "" if d.repair == "none" else f" on {d.repair}"
     weight = "" if d.kl_coef in (None, usual) else f", KL {d.weight}"
     held = f" / plain, KL {d.against.weight}" if d.kind == HEAVIER else ""
+    if d.kind == ASKED:
+        held = f" / {d.against.words}"
     if d.kind == "repair" and d.against.repair != "none":
         held = f" / {d.against.repair}"
     return f"{d.world}: {d.arm}{repaired}{weight}{held}"

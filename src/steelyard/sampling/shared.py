@@ -70,6 +70,8 @@ class SharedReader:
         """See `loop.Reader`."""
         n, width, rows = len(prompts), max(map(len, prompts)), len(prompts) * k
         self.k = k
+        self.whole = True  # row i stands in slot i: nobody has left, or prompts and rows move together (k = 1)
+        self.prefix = self.suffix = []  # a group's caches are freed before the next group's are taken
         self.lengths_p = torch.tensor([len(p) for p in prompts], device=self.device)
         # Zeros: what lies behind a shorter prompt is hidden, but must be finite.
         self.prefix = [tuple(self._cache(n, width, x, zero=True) for _ in range(2)) for x in self.layers]
@@ -84,6 +86,7 @@ class SharedReader:
 
     def leave(self, keep_R: Bool[Tensor, "R"]) -> Int[Tensor, "r"]:
         """See `loop.Reader`."""
+        self.whole = self.k == 1
         order = _fill_holes(keep_R, [x[:, :, : self.written] for pair in self.suffix for x in pair])
         self.slot_R, self.position_R = self.slot_R[order], self.position_R[order]
         prompt_R = self.slot_R // self.k
@@ -149,13 +152,14 @@ class SharedReader:
         keys, values = (x[:p, :, : self.hidden.shape[-1]] for x in self.prefix[number])
         G = keys.shape[1]
         q = q_RHd
-        if len(q) < p * k:
+        # As many rows as slots are no proof of that order: prompts may be gone, and the rest whole but moved about.
+        if not self.whole:
             q = torch.zeros(p * k, H, d, dtype=q.dtype, device=q.device).index_copy_(0, self.slot_R, q)
         q = q.view(p, k, G, H // G, d).transpose(1, 2).reshape(p, G, -1, d)
         o, lse = _attention(q, keys, values, self.hidden, self.layers[number].scale)
         o = o.view(p, G, k, -1, d).transpose(1, 2).reshape(p * k, H, d)
         lse = lse.view(p, G, k, -1).transpose(1, 2).reshape(p * k, H)
-        return (o, lse) if len(q_RHd) == p * k else (o[self.slot_R], lse[self.slot_R])
+        return (o, lse) if self.whole else (o[self.slot_R], lse[self.slot_R])
 
     def _run(self, x_ND: Tensor, position_N: Tensor, attend: Attend) -> Float[Tensor, "N D"]:
         """The layers; `attend` is given a layer's number, queries (N, H, d), keys and values (N, G, d)."""

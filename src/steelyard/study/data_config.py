@@ -180,9 +180,9 @@ def _check_arms(study: DataStudy) -> None:
     written = []
     for name, settings in study.repair.items():
         options = build(RepairOptions, f"repair.{name}", settings)
-        # A random flip is another data set with each seed, named as in `data_sets.arm_set`.
+        # A control drawn at random is another data set with each seed, named as in `data_sets.arm_set`.
         seeded = [f"{name}, seed {options.seed + seed}" for seed in study.seeds]
-        written += seeded if options.recipe == "random flip" else [name]
+        written += seeded if options.drawn else [name]
         if options.recipe == "keep" and name != PLAIN:
             raise InputError(f"repair.{name}: recipe keep is the arm {PLAIN}; leave it out")
         if name in SCORER_NAMES:

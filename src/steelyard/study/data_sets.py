@@ -117,13 +117,13 @@ def arm_set(
     strengths: Sequence[Strength],
     wrong: Collection[str] | None,
 ) -> DataSet:
-    """The repaired data set of one arm. A random flip draws other pairs with every seed of the study."""
+    """The repaired data set of one arm. A control drawn at random is drawn anew with every seed of the study."""
     settings = study.repair[arm]
     options = build(RepairOptions, f"repair.{arm}", settings)
     if options.recipe == "keep":
         return DataSet(WHOLE, list(pairs))
     name = f"arm {arm}"
-    if options.recipe == "random flip":
+    if options.drawn:
         options = build(RepairOptions, f"repair.{arm}", settings | {"seed": options.seed + seed})
         name += f", seed {options.seed}"
     return DataSet(name, repair(pairs, strengths, options, wrong=wrong)[0], options.margin_in_flip)

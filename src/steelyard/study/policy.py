@@ -64,7 +64,7 @@ def run_policy_study(study: PolicyStudy, out: Path, *, resume: bool = False, com
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     check(study)
-    free = (*FREE, "cells", "at_kl", "recommended", "against")
+    free = (*FREE, "cells", "at_kl", "recommended", "against", "compare")
     with StudyFolder(out, study, resume=resume, command=command, free=free, growing=("arms", "repairs")) as folder:
         files, exam = folder.stage("data", lambda: _prepare(study, out))
         grid = study.grid()

@@ -35,6 +35,7 @@ from steelyard.train.dpo import DPOConfig
 Kind = Literal["none", "uniform", "bradley_terry", "systematic", "mixed"]
 PLAIN, AS_LABELLED = "plain", "none"  # the control arm; the repair that changes nothing
 OF_ARMS = {"method", "members"}  # what an arm has beside the fields of its stage
+Way = tuple[str, str, float | None]
 
 
 @dataclass(frozen=True, order=True)
@@ -56,6 +57,11 @@ class Cell:
     def data(self) -> tuple[str, str]:
         """(world, repair): what decides the reward models."""
         return self.world, self.repair
+
+    @property
+    def way(self) -> Way:
+        """(repair, arm, KL weight): how its policy is trained, whatever the labels."""
+        return self.repair, self.arm, self.kl_coef
 
     @property
     def place(self) -> str:
@@ -88,12 +94,19 @@ class CellBlock(Config):
         return rates
 
 
-class Recommended(Config):
-    """The settings that are set against plain PPO on the data as labelled."""
+class Settled(Config):
+    """A way of training, whatever the labels."""
 
     arm: str = Field(description="one of `arms`")
     repair: str = Field(AS_LABELLED, description="one of `repairs`, or none")
     kl_coef: float | None = Field(None, ge=0, description="weight of the KL penalty; none given: that of `ppo`")
+
+
+class Asked(Config):
+    """A comparison that no rule makes: gold of one way of training less gold of another, on the same labels."""
+
+    of: Settled
+    less: Settled
 
 
 class PolicyStudy(Config):
@@ -132,7 +145,8 @@ class PolicyStudy(Config):
     looks: int = Field(6, ge=1, description="points of a run at which its policy answers the held-out prompts")
     evaluate: Settings = Field(default_factory=dict, description="how: fields of `steelyard evaluate policy`")
     at_kl: tuple[float, ...] = Field((1.0, 2.0, 4.0), description="distances (nats) at which arms are compared")
-    recommended: Recommended | None = Field(None, description="settings set against plain PPO in the main figure")
+    recommended: Settled | None = Field(None, description="settings set against plain PPO in the main figure")
+    compare: tuple[Asked, ...] = Field((), description="further comparisons, each `of` and `less` as `recommended` is")
     device: Device = "cpu"
     workers: int | None = Field(
         None, ge=1, description="models trained side by side; none given: one per CPU, on a GPU one"
@@ -159,12 +173,14 @@ class PolicyStudy(Config):
         return float(self.ppo.get("kl_coef", PPOConfig.model_fields["kl_coef"].default))
 
     @property
-    def main(self) -> tuple[str, str, float | None] | None:
-        """(repair, arm, KL weight) of the recommended settings."""
-        if (best := self.recommended) is None:
-            return None
-        weight = self._weights(best.arm, None if best.kl_coef is None else (best.kl_coef,))[0]
-        return best.repair, best.arm, weight
+    def main(self) -> Way | None:
+        """The recommended settings."""
+        return None if self.recommended is None else self.way(self.recommended)
+
+    def way(self, settled: Settled) -> Way:
+        """The settings with their KL weight filled in."""
+        weights = self._weights(settled.arm, None if settled.kl_coef is None else (settled.kl_coef,))
+        return settled.repair, settled.arm, weights[0]
 
 
 def is_dpo(study: PolicyStudy, arm: str) -> bool:
@@ -319,8 +335,16 @@ def _check_cells(study: PolicyStudy) -> None:
                 f"cells: {cell.place} has no {PLAIN} arm with the same labels, repair and kl_coef to be compared with; "
                 "add one"
             )
-    if study.main is not None and study.main not in {(c.repair, c.arm, c.kl_coef) for c in grid}:
+    if study.main is not None and study.main not in {c.way for c in grid}:
         raise InputError(f"recommended: no cell has repair, arm and kl_coef = {study.main}; add some")
+    for i, asked in enumerate(study.compare):
+        of, less = study.way(asked.of), study.way(asked.less)
+        if of == less:
+            raise InputError(f"compare.{i}: of and less are the same, repair, arm and kl_coef = {of}; name two")
+        if not {c.world for c in grid if c.way == of} & {c.world for c in grid if c.way == less}:
+            raise InputError(
+                f"compare.{i}: no labels have cells of both repair, arm and kl_coef = {of} and {less}; add some"
+            )
 
 
 def _check_stages(study: PolicyStudy) -> None:

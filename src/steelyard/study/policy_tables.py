@@ -23,6 +23,7 @@ from steelyard.study.policy_runs import Array, Row, Run, Runs, examined, named, 
 from steelyard.study.policy_variance import correlations, curves, speeds, variance_rows
 
 END, COMMON = "end of the run", "greatest KL that both reached"
+ASKED = "asked for"  # what the file's `compare` names
 HEAVIER = "arm, heavier KL"  # an arm against plain PPO with a heavier KL weight
 
 
@@ -117,13 +118,17 @@ def comparisons(study: PolicyStudy, grid: Sequence[Cell]) -> list[tuple[str, Cel
             if other.arm == PLAIN != cell.arm and cell.kl_coef == study.kl_coef < other.kl_coef:
                 found.append((HEAVIER, cell, other))
         base = next((c for c in grid if _usual(c, study) and c.world == cell.world), None)
-        if study.main == (cell.repair, cell.arm, cell.kl_coef) and base is not None and base != cell:
+        if study.main == cell.way and base is not None and base != cell:
             found.append(("recommended", cell, base))
+        for asked in study.compare:
+            if cell.way == study.way(asked.of):
+                less = study.way(asked.less)
+                found += [(ASKED, cell, c) for c in grid if c.world == cell.world and c.way == less]
     return found
 
 
 def _usual(cell: Cell, study: PolicyStudy) -> bool:
-    return (cell.arm, cell.repair, cell.kl_coef) == (PLAIN, AS_LABELLED, study.kl_coef)
+    return cell.way == (AS_LABELLED, PLAIN, study.kl_coef)
 
 
 def differences(study: PolicyStudy, grid: Sequence[Cell], runs: Runs) -> list[Row]:
