@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from conftest import Folders
@@ -357,6 +358,27 @@ class TestChoice:
         (tmp_path / "out" / "result.json").unlink()  # killed just before the end
         assert run_rounds(config, tmp_path / "out", resume=True, quiet=True) == found
         assert (tmp_path / "out" / "rounds.json").read_bytes() == before
+
+    def test_a_policy_that_can_answer_no_more_ends_the_rounds(
+        self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """Broken by the last step of its training, so that only the examination can see it."""
+        honest = iterate.train_ppo
+
+        def broken(config: PPOConfig, out: Path, *rest: Any, **how: Any) -> Any:
+            result = honest(config, out, *rest, **how)
+            if config.seed % 1000 == 2:
+                weights = load_file(out / "model" / "model.safetensors")
+                weights["model.norm.weight"].fill_(3e38)  # finite, but what comes of it is not
+                save_file(weights, out / "model" / "model.safetensors", {"format": "pt"})
+            return result
+
+        monkeypatch.setattr(iterate, "train_ppo", broken)
+        config = RoundsConfig(**settings | {"rounds": 4})
+        found = run_rounds(config, tmp_path / "out", quiet=True)
+        assert [row["round"] for row in found["rounds"]] == [0, 1]
+        assert re.fullmatch(r"round 2 failed: the policy's logits at token 1 of .* are not finite.*", found["stopped"])
+        assert found["best"]["round"] in (0, 1)
 
     def test_prompts_that_are_trained_on_are_named(
         self,

@@ -121,11 +121,13 @@ def run_rounds(config: RoundsConfig, out: Path, *, resume: bool = False, quiet: 
             failure = ""
             try:
                 now = advance(config, now, out, quiet=quiet) if number else now
-            except FloatingPointError as error:
-                # A guard of PPO's, or training that diverged: this way leads no further, and what there is, is kept.
-                failure = f"round {number} failed: {error.__cause__ or error}"
-            else:
                 examined.append(_examine(config, now, prompts, encoder.max_length, out))
+            except FloatingPointError as error:
+                # A guard of PPO's, training that diverged, a policy that can answer no more: this way leads no
+                # further, and what there is, is kept. Of the SFT model there must be an answer.
+                if not examined:
+                    raise
+                failure = f"round {number} failed: {error.__cause__ or error}"
             record = _record(config, examined, failure)
             write_json_atomic(out / RECORD, record)
             if record["best"] is not None:
