@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend."""
+"""Exceptions for input that a user can mend."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class DivergedError(InputError, FloatingPointError):
+    """A model whose numbers are not finite. To who gives it, bad input; to what trained it, a run that failed."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from steelyard.data.collate import collate
 from steelyard.data.encode import Tree, refuse_run
-from steelyard.errors import InputError
+from steelyard.errors import DivergedError, InputError
 from steelyard.models.trunk import Precision, run_trunk
 
 
@@ -76,7 +76,7 @@ def open_model(auto: Any, folder: str | Path, *, device: str = "cpu", new: Colle
             + ": save the model again whole, under the names that transformers gives its weights"
         )
     if wrong := [name for name, p in hf.named_parameters() if not bool(torch.isfinite(p).all())]:
-        raise InputError(
+        raise DivergedError(
             f"{folder}: {len(wrong)} of the model's weights are not finite ({_some(wrong)}): its training has "
             "diverged, or its files are damaged; take another checkpoint"
         )
@@ -187,7 +187,7 @@ def check_shared_prefix(trunk: nn.Module, vocabulary: int, *, tolerance: float =
             at = both.at_BKR[0, k, : len(response)]
             difference = float((shared[at] - apart[len(prompt) :]).abs().max() / apart.abs().max())
             if not math.isfinite(difference):
-                raise InputError(
+                raise DivergedError(
                     f"{type(trunk).__name__}: the model's states are not finite: its training has diverged, or its "
                     "weights are damaged"
                 )
