@@ -107,6 +107,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 REWARDS: dict[str, dict[str, Any]] = {
     "plain": {"reward": "plain"},
     "contrastive": {"reward": "contrastive", "k": 2},
+    "contrastive, bounded": {"reward": "contrastive", "k": 2, "reward_clip": 0.4},
     "par": {"reward": "par"},
     "lsc": {"reward": "lsc", "lsc_percentile": 50},
     "lsc, all": {"reward": "lsc", "lsc_reference": "all"},
@@ -177,6 +178,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "k: one baseline a prompt does not tell how noisy it is",
     ),
     "k of plain": ({"k": 2, "scaling": "std"}, "k: no effect with reward = plain"),
+    "bound of par": ({"reward": "par", "baselines": "b", "reward_clip": 1.0}, "reward_clip: no effect with reward"),
+    "percentile of one": (
+        {"reward": "lsc", "baselines": "b", "k": 1, "lsc_percentile": 9}, "lsc_percentile: no effect with k = 1"
+    ),
+    "a scale that the group divides out": (
+        {"advantage": "group", "scaling": "std", "kl_coef": 0.0}, "scaling: no effect with advantage = group and"
+    ),
     "percentile of par": ({"reward": "par", "baselines": "b", "lsc_percentile": 9}, "lsc_percentile: no effect with"),
     "aggregate of one": ({"aggregate": "worst"}, "aggregate: no effect with one reward model"),
     "weight of the mean": (
@@ -303,7 +311,8 @@ def test_shrunk_baselines_are_shrunk_to_all_prompts_not_to_the_batch(
 def test_par_and_lsc_are_paid_against_the_stored_baselines(
     reward: str, base: dict[str, Any], stored: str, watch: Watch, tmp_path: Path
 ) -> None:
-    config = PPOConfig.model_validate(settings(base, reward, stored, "") | {"steps": 1, "reward_clip": 2.0})
+    bound = 0.6 if reward == "par" else 2.0
+    config = PPOConfig.model_validate(settings(base, reward, stored, "") | {"steps": 1, "reward_clip": bound})
     train_ppo(config, tmp_path / "ppo", quiet=True)
     kept = read_baselines(stored, k=None, policy=config.policy, reward_model=base["reward_model"])
     (rollouts, paid), prompts = watch.paid[0], watch.draws[0][0]
@@ -316,7 +325,7 @@ def test_par_and_lsc_are_paid_against_the_stored_baselines(
                 "lsc": math.log(sigmoid((raw - np.median(ours)) / 1.7)),
                 "lsc, all": math.log(sigmoid((raw - np.percentile(every, 85)) / 1.7)),
             }[reward]
-            assert got == pytest.approx(max(expected, -2.0), abs=1e-5)
+            assert got == pytest.approx(np.clip(expected, -bound, bound), abs=1e-5)
 
 
 @pytest.mark.parametrize("how", ["mean", "worst", "uncertainty-weighted"])
@@ -387,6 +396,8 @@ def test_a_reward_model_whose_spread_was_never_measured_is_named(
     assert f"warning: {other}: no mean and std of its rewards" in capsys.readouterr().err
     actors.Models(config.model_copy(update={"reward_model": other, "normalise": False}))
     assert "warning" not in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"{other}: no mean and std .* cannot be set beside others"):
+        actors.Models(config.model_copy(update={"reward_model": (config.reward_model, other)}))
 
 
 class TestGuards:
@@ -429,7 +440,8 @@ class TestGuards:
         self, base: dict[str, Any], stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full(batch.last_BK.shape, math.nan))
-        self.stop("step 1: .*reward_raw.* not finite", tmp_path, base | {"baselines": stored})
+        match = "step 1: the rewards of 12 of 12 responses are not finite: the reward model is at fault"
+        self.stop(match, tmp_path, base | {"baselines": stored})
 
 
 def test_the_command_line_names_several_reward_models() -> None:

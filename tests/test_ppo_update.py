@@ -17,7 +17,7 @@ import tiny
 from conftest import Folders
 from steelyard import rollout
 from steelyard.actors import Models, ValueHead
-from steelyard.baselines import BaselineConfig, sample_baselines
+from steelyard.baselines import BaselineConfig, drawn_otherwise, sample_baselines
 from steelyard.data.collate import collate
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
@@ -147,6 +147,9 @@ def test_baselines_that_were_drawn_otherwise_are_named(
     train(settings | {"sampling": SamplingConfig(max_new_tokens=4, temperature=0.8)}, tmp_path / "other")
     said = "temperature 1 for the baselines, 0.8 here; max_new_tokens 5 for the baselines, 4 here"
     assert f"warning: {stored}: not drawn as PPO samples: {said}\n" in capsys.readouterr().err
+    assert drawn_otherwise(stored, SamplingConfig(max_new_tokens=5), "float32") == ""
+    said = "precision float32 for the baselines, bfloat16 here"
+    assert drawn_otherwise(stored, SamplingConfig(max_new_tokens=5), "bfloat16") == said
 
 
 class TestStreams:
@@ -466,8 +469,40 @@ class TestGuards:
             return rewards
 
         monkeypatch.setattr(RewardModel, "forward", broken)
-        record = self.stop("step 1: .*reward_raw.* not finite", base, tmp_path / "out")
+        record = self.stop("step 1: the rewards of 1 of 12 responses are not finite", base, tmp_path / "out")
         (bad,) = [p for p in record["prompts"] if any(r["reward"] == "nan" for r in p["responses"])]
+        assert record["worst"][0] == bad["id"]
+
+    def test_a_greedy_response_without_a_reward_names_its_prompt(
+        self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(self: Any, batch: Any) -> Tensor:
+            rewards = torch.zeros(batch.last_BK.shape)
+            if rewards.shape[1] == 1:
+                rewards[2] = math.inf
+            return rewards
+
+        monkeypatch.setattr(RewardModel, "forward", broken)
+        match = "step 1: the rewards of 1 of 4 greedy responses are not finite: the reward model is at fault"
+        settings = {name: x for name, x in base.items() if name != "critic"} | {"advantage": "remax"}
+        record = self.stop(match, settings, tmp_path / "out")
+        (bad,) = [p for p in record["prompts"] if p["greedy_reward"] == "inf"]
+        assert record["worst"][0] == bad["id"]
+
+    def test_a_critic_without_a_number_names_its_prompt(
+        self, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        values = Models.values
+
+        def broken(self: Models, batch: Any, states: Tensor | None = None) -> Tensor | None:
+            found = values(self, batch, states)
+            assert found is not None
+            found[-1, -1, 0] = math.nan
+            return found
+
+        monkeypatch.setattr(Models, "values", broken)
+        record = self.stop("step 1: .*advantage_std.* is not finite", base, tmp_path / "out")
+        (bad,) = [p for p in record["prompts"] if any(r["values"] == "nan" for r in p["responses"])]
         assert record["worst"][0] == bad["id"]
 
     def test_a_gradient_that_is_no_number_moves_nothing(

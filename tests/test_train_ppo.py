@@ -53,16 +53,17 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Record:
-    """What a run drew, and the gradients that it handed to its optimisers."""
+    """What a run drew, the gradients that it handed to its optimisers, and the weights at which it took them."""
 
     prompts: list[list[tuple[int, ...]]]
     drawn: list[list[list[Sample]]]
     gradients: list[list[Tensor | None]]
+    weights: list[list[Tensor]]
 
 
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Record:
-    kept = Record([], [], [])
+    kept = Record([], [], [], [])
     clip = torch.nn.utils.clip_grad_norm_
 
     def watch_sample(policy: Any, prompts: Any, keys: Any, **options: Any) -> Any:
@@ -74,6 +75,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     def watch_clip(parameters: Any, norm: float) -> Tensor:
         every = list(parameters)
         kept.gradients.append([None if p.grad is None else p.grad.clone() for p in every])
+        kept.weights.append([p.detach().clone() for p in every])
         return clip(every, norm)
 
     monkeypatch.setattr(rollout, "sample", watch_sample)
@@ -191,6 +193,79 @@ def test_a_step_is_that_of_a_plain_float64_reference(
         (line,) = lines(tmp_path / name_of_run)
         for name, value in metrics.items():
             assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def by_text(
+    folder: Any, kind: Any, weights: list[Tensor] | None, read: Any, texts: Sequence[tuple[tuple[int, ...], Sample]]
+) -> tuple[Any, list[Tensor]]:
+    """(a model of transformers in float64 with these weights, what `read(model, ids)` gives where tokens are drawn)."""
+    model = kind.from_pretrained(folder).double()
+    for p, w in zip(model.parameters(), weights or (), strict=weights is not None):
+        p.data.copy_(w)
+    found = []
+    for prompt, s in texts:
+        own = slice(len(prompt) - 1, len(prompt) + len(s.tokens) - 1)
+        found.append(read(model, torch.tensor([prompt + s.tokens]))[0, own])
+    return model, found
+
+
+def test_a_second_pass_clips_as_a_plain_float64_reference_does(
+    base: dict[str, Any], record: Record, tmp_path: Path
+) -> None:
+    """Second step, second pass: the policy has left the SFT model, and since it sampled; both clips bind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    fast = {name: OptimConfig(lr=lr, decay=False, warmup=0) for name, lr in (("actor", 6e-3), ("critic", 1e-3))}
+    config = PPOConfig.model_validate(
+        base | fast | {"reward": "plain", "steps": 2, "epochs": 2, "clip": 0.1, "value_clip": 0.05, "kl_coef": 0.3}
+    )
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    texts = [(p, s) for p, group in zip(record.prompts[1], record.drawn[1], strict=True) for s in group]
+    critic_kind = AutoModelForSequenceClassification
+    sft: Any = critic_kind.from_pretrained(config.reward_model)
+    mean, std = sft.config.steelyard_reward
+
+    def logp(weights: list[Tensor] | None) -> tuple[Any, list[Tensor]]:
+        model, logits = by_text(config.policy, AutoModelForCausalLM, weights, lambda m, x: m(input_ids=x).logits, texts)
+        at = [(torch.arange(len(s.tokens)), torch.tensor(s.tokens)) for _, s in texts]
+        return model, [torch.log_softmax(x / 0.8, -1)[i] for x, i in zip(logits, at, strict=True)]
+
+    def value(weights: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        def read(m: Any, x: Tensor) -> Tensor:
+            found: Tensor = (m.score(m.model(input_ids=x).last_hidden_state)[..., 0] - mean) / std
+            return found
+
+        return by_text(config.reward_model, critic_kind, weights, read, texts)
+
+    with torch.no_grad():
+        (_, ref), (_, old), (_, seen) = logp(None), logp(record.weights[4]), value(record.weights[5])
+        paid = [(sft(input_ids=torch.tensor([p + s.tokens])).logits[0, 0].item() - mean) / std for p, s in texts]
+    advantages, returns = [], []
+    for r, o, v, reward in zip(ref, old, seen, paid, strict=True):
+        rewards, values = -0.3 * (o - r), torch.cat([v, torch.zeros(1).double()])
+        rewards[-1] += reward
+        delta = rewards + values[1:] - values[:-1]
+        a = torch.stack([sum(0.95 ** (j - i) * delta[j] for j in range(i, len(v))) for i in range(len(v))])  # type: ignore[misc]
+        advantages.append(a)
+        returns.append(a + v)
+    every = torch.cat(advantages)
+    (policy, now), (critic, values_now) = logp(record.weights[6]), value(record.weights[7])
+    ratio = torch.exp(torch.cat(now) - torch.cat(old))
+    white = (every - every.mean()) / every.std(correction=0)
+    bounded = ratio.clamp(0.9, 1.1)
+    torch.maximum(-white * ratio, -white * bounded).mean().backward()
+    v, v_old, target = torch.cat(values_now), torch.cat(seen), torch.cat(returns)
+    near = torch.minimum(torch.maximum(v, v_old - 0.05), v_old + 0.05)
+    (0.5 * torch.maximum((v - target) ** 2, (near - target) ** 2)).mean().backward()
+    assert 0.1 < (ratio != bounded).double().mean() < 0.9, "some tokens are clipped, and some are not"
+    assert 0.1 < (v != near).double().mean() < 0.9
+    assert max(float((o - r).abs().max()) for o, r in zip(old, ref, strict=True)) > 0.1
+    for found, model in ((record.gradients[6], policy), (record.gradients[7], critic)):
+        expected = [p.grad for p in model.parameters() if p.grad is not None]
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine is not None
+            error, size = float((mine - theirs).abs().max()), float(theirs.abs().max())
+            assert error < 1e-3 * size + 1e-5, (error, size)
 
 
 class LikesGood(torch.nn.Module):
@@ -318,7 +393,10 @@ class TestRefusals:
 
     def test_too_few_prompts_and_an_unknown_gold_scorer(self, base: dict[str, Any], tmp_path: Path) -> None:
         base |= {"reward": "plain"}
-        self.refuse("12 of 12 prompts leave room .* prompts_per_step = 13", tmp_path, base, prompts_per_step=13)
+        self.refuse(
+            "12 of 12 prompts leave room .* prompts_per_step = 13 needs more$", tmp_path, base, prompts_per_step=13
+        )
+        self.refuse("3 of 3 .* needs more; limit = 3 lets only the first prompts in", tmp_path, base, limit=3)
         self.refuse("0 of 12 prompts leave room", tmp_path, base, max_length=8)
         self.refuse("a scorer is named `module:function`", tmp_path, base, gold="tiny")
         self.refuse("a scorer is named `module:function`", tmp_path, base, gold="tiny:nothing")

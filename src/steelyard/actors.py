@@ -96,6 +96,12 @@ class Models:
             self.critic = RewardModel.load(folders[0], precision=precision, device=device)
         normals = [m.normal if config.normalise else (0.0, 1.0) for m in members]
         if unknown := [f for f, m in zip(folders, members, strict=True) if config.normalise and not m.measured]:
+            if len(members) > 1:
+                raise InputError(
+                    f"{', '.join(unknown)}: no mean and std of its rewards are stored (steelyard_reward in "
+                    "config.json), without which it cannot be set beside others; train it with `steelyard train "
+                    "reward`, or use one reward model"
+                )
             print(
                 f"warning: {', '.join(unknown)}: no mean and std of its rewards are stored (steelyard_reward in "
                 "config.json), so they are taken as they are",

@@ -147,15 +147,18 @@ def read_baselines(
     return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
 
 
-def drawn_otherwise(path: str | Path, sampling: SamplingConfig) -> str:
-    """How the stored responses were drawn differently than `sampling` says, by setting; empty if not at all."""
-    stored = _settings(pq.read_schema(path)).get("sampling", {})
-    wanted = sampling.model_dump()
-    return "; ".join(
+def drawn_otherwise(path: str | Path, sampling: SamplingConfig, precision: Precision) -> str:
+    """How the stored responses were drawn and scored differently than here, by setting; empty if not at all."""
+    settings = _settings(pq.read_schema(path))
+    stored, wanted = settings.get("sampling", {}), sampling.model_dump()
+    differ = [
         f"{name} {stored[name]:g} for the baselines, {wanted[name]:g} here"
         for name in _DECIDES
         if name in stored and stored[name] != wanted[name]
-    )
+    ]
+    if (other := settings.get("precision", "float32")) != precision:
+        differ.append(f"precision {other} for the baselines, {precision} here")
+    return "; ".join(differ)
 
 
 def _settings(schema: pa.Schema) -> dict[str, Any]:

@@ -138,11 +138,11 @@ def check(config: PPOConfig) -> None:
             "normalise: must be on with several reward models: their raw rewards have offsets and scales of their own, "
             "so neither the worst nor the mean of them would mean anything"
         )
-    if advantage != "gae" and reward == "contrastive":
+    if advantage != "gae" and reward == "contrastive" and config.reward_clip is None:
         raise InputError(
             f"advantage = {advantage} with reward = contrastive: the baseline cancels, for it is taken from every "
             "response to a prompt alike and these advantages are differences between them; use reward = plain, par or "
-            "lsc, or advantage = gae"
+            "lsc, or advantage = gae, or bound the difference (reward_clip)"
         )
     if advantage in ("rloo", "group") and config.samples_per_prompt < 2:
         raise InputError(
@@ -225,6 +225,13 @@ def _without_effect(config: PPOConfig) -> Iterator[tuple[frozenset[str] | set[st
         yield SCALING, f"with reward = {reward}; leave out, or use scaling = std"
     if reward != "contrastive":
         yield {"baseline"}, f"with reward = {reward}; leave out, or use contrastive"
+    if reward == "par" and not std and (config.reward_clip or 0) >= 1:
+        yield {"reward_clip"}, "with reward = par, which lies between 0 and 1; leave out, or lower it"
+    if reward == "lsc" and config.k == 1 and config.lsc_reference == "prompt":
+        yield {"lsc_percentile"}, "with k = 1: of one baseline all percentiles are the same; leave out, or raise k"
+    as_it_is = config.reward_clip is None and not config.missing_eos_penalty and (config.scale_kl or not config.kl_coef)
+    if std and advantage == "group" and config.group_std and as_it_is:
+        yield SCALING, "with advantage = group and group_std, which divides the scale out again; leave out"
     if reward != "lsc":
         yield {"lsc_percentile", "lsc_reference"}, f"with reward = {reward}; leave out, or use lsc"
     if len(config.reward_models) == 1:

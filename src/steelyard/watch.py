@@ -31,6 +31,7 @@ class Scene:
     prompts: Sequence[Prompt]
     drawn: Sequence[Sequence[Sample]] = ()
     rollouts: Rollouts | None = None
+    greedy: Rollouts | None = None
     paid_NK: Float[Tensor, "N K"] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -80,6 +81,15 @@ def require_finite(metrics: dict[str, float], step: int) -> None:
         raise FloatingPointError(
             f"step {step}: {bad} is not finite; lower actor.lr, set reward_clip, or raise kl_coef, in a new run "
             "(resuming this one repeats the step)"
+        )
+
+
+def require_finite_rewards(rollouts: Rollouts, step: int, of: str = "responses") -> None:
+    """Raise FloatingPointError if a reward model gave no number: no setting of PPO mends that."""
+    if bad := int((~rollouts.rewards_NK.isfinite()).sum()):
+        raise FloatingPointError(
+            f"step {step}: the rewards of {bad} of {rollouts.rewards_NK.numel()} {of} are not finite: the reward model "
+            "is at fault, not the policy; take a sound one, or precision = float32"
         )
 
 
@@ -133,6 +143,8 @@ def _describe(scene: Scene, encoder: Encoder) -> list[dict[str, Any]]:
     numbers: dict[str, Tensor] = {}
     if scene.rollouts is not None:
         numbers = {"reward": scene.rollouts.rewards_NK, "kl": scene.rollouts.kl_NKT.sum(-1)}
+        if scene.rollouts.values_NKT is not None:
+            numbers["values"] = scene.rollouts.values_NKT.sum(-1)
     if scene.paid_NK is not None:
         numbers["paid"] = scene.paid_NK
     described: list[dict[str, Any]] = []
@@ -144,12 +156,15 @@ def _describe(scene: Scene, encoder: Encoder) -> list[dict[str, Any]]:
             for k, s in enumerate(scene.drawn[n] if scene.drawn else ())
         ]
         described.append({"id": id_, "prompt": text, "responses": responses})
+        if scene.greedy is not None:
+            described[-1]["greedy_reward"] = _written(scene.greedy.rewards_NK[n, 0].item())
     return described
 
 
 def _badness(prompt: dict[str, Any]) -> tuple[int, float]:
     """Not finite comes first, then the KL."""
-    values = [r.get(name, 0.0) for r in prompt["responses"] for name in ("reward", "kl", "paid")]
+    values = [r.get(name, 0.0) for r in prompt["responses"] for name in ("reward", "kl", "values", "paid")]
+    values.append(prompt.get("greedy_reward", 0.0))
     kl = [r["kl"] for r in prompt["responses"] if isinstance(r.get("kl"), float)]
     return sum(isinstance(v, str) for v in values), sum(kl)
 

@@ -47,7 +47,14 @@ from steelyard.sampling import Sample
 from steelyard.scorer import load_scorer
 from steelyard.train.optim import batches, epoch_order, require_finite_gradient, set_rate
 from steelyard.types import Prompt
-from steelyard.watch import Scene, guard, naming_the_batch, require_finite, rollout_metrics
+from steelyard.watch import (
+    Scene,
+    guard,
+    naming_the_batch,
+    require_finite,
+    require_finite_rewards,
+    rollout_metrics,
+)
 
 
 class Learner:
@@ -208,8 +215,10 @@ def take_step(
     step, models, scale = scene.step, learner.models, learner.scale
     keys = [f"{step}{task.streams[i]}" for i in chosen]
     scene.drawn, rollouts, greedy = collect(models, [task.ids[i] for i in chosen], keys, config)
-    scene.rollouts = rollouts
-    require_finite({"ppo/reward_raw": rollouts.rewards_NK.mean().item()}, step)
+    scene.rollouts, scene.greedy = rollouts, greedy
+    require_finite_rewards(rollouts, step)
+    if greedy is not None:
+        require_finite_rewards(greedy, step, "greedy responses")
     sampled, kl_coef = time.perf_counter(), learner.kl.coef
 
     baselines_NK = task.stored(chosen)
@@ -367,6 +376,7 @@ def training_prompts(
             f"{config.prompts}: {len(fits)} of {len(prompts)} prompts leave room for "
             f"{config.sampling.max_new_tokens} new tokens within max_length = {config.max_length}; prompts_per_step "
             f"= {config.prompts_per_step} needs more"
+            + ("" if config.limit is None else f"; limit = {config.limit} lets only the first prompts in")
         )
     if not quiet:
         rest = "; the others leave no room within max_length" if len(fits) < len(prompts) else ""
@@ -381,7 +391,7 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt], encoder: Encoder) -
     # Responses of the reference, or of the policy as it starts: where it has moved before, both can be meant.
     policies = [p for p in (config.reference, config.policy) if p is not None]
     stored = read_baselines(config.baselines, k=config.k, policy=policies, reward_model=model)
-    if differs := drawn_otherwise(config.baselines, config.sampling):
+    if differs := drawn_otherwise(config.baselines, config.sampling, config.precision):
         # Allowed: baselines may be drawn as people will draw. But then the contrast at the start is not 0 on average.
         print(f"warning: {config.baselines}: not drawn as PPO samples: {differs}", file=sys.stderr, flush=True)
     keys = [baseline_key(p, encoder) for p in prompts]
