@@ -203,6 +203,14 @@ class TestStudy:
         assert rules["last round", "MetaRM", 3]["gold"] == pytest.approx(gold[2][1::2].mean())
         assert all(rules["judge: earliest", a, s]["round"] <= rules["judge: best", a, s]["round"]
                    for a in ARMS for s in (3, 4))  # fmt: skip
+        first = [np.array(read(folder / f"round-0{n}" / "examine" / "round.json")["values"]["first"]) for n in range(3)]
+        best = int(np.argmax([x[::2].mean() for x in first]))
+        assert rules["first reward model: best", "MetaRM", 3]["round"] == best
+        dear = int(np.argmax([(x - 0.1 * nats)[::2].mean() for x, nats in zip(first, kl, strict=True)]))
+        assert rules["first reward model less 0.1 a nat: best", "MetaRM", 3]["round"] == dear
+        assert rules["first reward model: earliest", "MetaRM", 3]["round"] <= best
+        assert [rules[f"round {n}", "MetaRM", 3]["round"] for n in (1, 2)] == [1, 2]
+        assert "round 3" not in rows
         over_arms = np.mean([rules["last round", arm, 4]["gold"] for arm in ARMS])
         assert rows["last round"]["seeds"][1] == pytest.approx(over_arms)
         assert rows["last round"]["difference"]["seeds"][1] == pytest.approx(

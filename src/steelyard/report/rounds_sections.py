@@ -167,9 +167,11 @@ def _choices(study: RoundsStudyFile) -> list[Block]:
     rules = list(dict.fromkeys(k.rule for k in study.kept))
     of = {(k.rule, k.arm, k.seed): k for k in study.kept}
     rows = [
-        [arm, seed, *(f"{of[r, arm, seed].round} ({of[r, arm, seed].gold:.2f})" for r in rules)] for arm, seed in runs
+        [rule, *(f"{of[rule, *run].round} ({of[rule, *run].gold:.2f})" for run in runs)]
+        for rule in rules
+        if not rule.startswith("round ")
     ]
-    columns = (("arm", None), ("seed", count), *((rule, None) for rule in rules))
+    columns = (("rule", None), *((f"{arm}, seed {seed}", None) for arm, seed in runs))
     control = next(row.arm for row in study.choices if row.difference is None)
     title = "Gold of the round that each rule keeps, mean of the arms"
     return [

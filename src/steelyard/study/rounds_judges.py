@@ -27,23 +27,21 @@ from steelyard.types import Preference
 JUDGED: Final = "judge.json"
 LAST: Final = "last round"
 BY_JUDGE: Final = "judge: best"
-Rule = tuple[str, Keep, float]
-"""What keeps a round: criterion, `keep`, `kl_price`."""
+Rule = tuple[str, Keep, float] | int
+"""What keeps a round: criterion, `keep`, `kl_price`; or the same round always."""
 
 
-def rules(prices: Sequence[float]) -> dict[str, Rule]:
-    """All rules by name; the last round, which needs none, is not among them."""
-    found: dict[str, Rule] = {
-        "gold: best": (GOLD, "best", 0.0),
-        BY_JUDGE: (JUDGE, "best", 0.0),
-        "judge: earliest": (JUDGE, "earliest", 0.0),
-    }
-    for price in prices:
-        found[f"judge less {price:g} a nat: best"] = (JUDGE, "best", price)
-        found[f"judge less {price:g} a nat: earliest"] = (JUDGE, "earliest", price)
-    # What of all this is the judge's doing: the same with the reward model that was optimised.
-    found["first reward model: best"] = (FIRST, "best", 0.0)
-    return found | {f"first reward model less {p:g} a nat: best": (FIRST, "best", p) for p in prices}
+def rules(prices: Sequence[float], rounds: int) -> dict[str, Rule]:
+    """All rules by name, for so many rounds; the last round, wherever that is, is not among them."""
+    found: dict[str, Rule] = {"gold: best": (GOLD, "best", 0.0)}
+    # The first reward model is the judge's control: what does not need other data to tell. And the rounds by number
+    # are the control of all rules: what stopping early gives without a criterion.
+    for name, by in (("judge", JUDGE), ("first reward model", FIRST)):
+        for price in (0.0, *prices):
+            less = f" less {price:g} a nat" if price else ""
+            found[f"{name}{less}: best"] = (by, "best", price)
+            found[f"{name}{less}: earliest"] = (by, "earliest", price)
+    return found | {f"round {n}": n for n in range(1, rounds + 1)}
 
 
 def write_judge_pairs(world: WorldConfig, count: int, held_out: str, out: Path) -> Path:
@@ -79,6 +77,14 @@ def judge_run(config: RoundsConfig, judge: str, run: Path) -> None:
         write_json_atomic(target, {JUDGE: found[JUDGE]})
 
 
+def _chosen(rule: Rule, rounds: Sequence[Mapping[str, Any]]) -> int:
+    """The number of the round that a rule keeps."""
+    if isinstance(rule, int):
+        return min(rule, len(rounds) - 1)
+    by, keep, price = rule
+    return int(choose(rounds, by, price, keep)["round"])
+
+
 def choices(
     examined: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     arms: Sequence[str],
@@ -89,16 +95,14 @@ def choices(
 
     `examined`: the rounds of each arm and seed, judged. All rules choose on every other prompt; gold is of the rest.
     """
-    kept, gold_of, known = [], dict[str, list[Any]](), rules(prices)
+    kept, gold_of = [], dict[str, list[Any]]()
+    known = rules(prices, max(map(len, examined.values())) - 1)
     for rule in (*known, LAST):
         for seed in seeds:
             of_arms = []
             for arm in arms:
                 rounds = examined[arm, seed]
-                number = len(rounds) - 1
-                if rule != LAST:
-                    by, keep, price = known[rule]
-                    number = choose(rounds, by, price, keep)["round"]
+                number = _chosen(known.get(rule, len(rounds) - 1), rounds)
                 rest = np.array(rounds[number]["values"][GOLD])[1::2]
                 kept.append({"rule": rule, "arm": arm, "seed": seed, "round": number, "gold": float(rest.mean())})
                 of_arms.append(rest)
