@@ -38,8 +38,9 @@ from steelyard.study.policy_curves import (
 )
 from steelyard.study.policy_jobs import Exam, load_arrays
 from steelyard.study.policy_places import labels_of, reward_of, run_of, start_of
-from steelyard.study.policy_runs import value_row
-from steelyard.study.policy_tables import comparisons
+from steelyard.study.policy_runs import Run as Looks
+from steelyard.study.policy_runs import Runs, value_row
+from steelyard.study.policy_tables import comparisons, differences, ends, frontier
 from steelyard.variance import variances
 
 OPTIM = {"lr": 3e-3}
@@ -175,6 +176,61 @@ class TestCurves:
         fitted = line(3 - 2 * truth, truth)
         assert fitted == pytest.approx((3, -2))
         assert errors(3 - 2 * truth, truth, fitted) == pytest.approx(0)
+
+
+class TestTables:
+    """Two cells of two seeds with looks made by hand: gold follows the root of the distance, and turns."""
+
+    CELLS = (Cell(*NOISY, "contrastive", 0.05), Cell(*NOISY, "plain", 0.05))
+
+    def runs(self) -> Runs:
+        rng = np.random.default_rng(0)
+        noise = rng.normal(size=(3, 2))  # prompts x answers: the same of all runs, so differences are free of it
+        of: dict[Cell, dict[int, Looks]] = {}
+        for cell, slope in zip(self.CELLS, (2.0, 1.0), strict=True):
+            of[cell] = {}
+            for seed, far in ((0, 3.0), (1, 1.5 if cell.arm == "plain" else 4.0)):
+                roots = np.array([0.0, far / 2, far])
+                value = slope * roots - np.array([0, 0, 1.25 * slope * far])  # the last look has turned
+                columns = {
+                    "gold": value[:, None, None] + noise, "proxy": roots[:, None, None] + noise,
+                    "kl": np.broadcast_to((roots**2)[:, None, None], (3, 3, 2)),
+                    "length": np.full((3, 3, 2), 7.0), "ended": np.ones((3, 3, 2)),
+                }  # fmt: skip
+                of[cell][seed] = Looks(Path("nowhere"), [0, 5, 10], columns)
+        return Runs(of, [], [0, 0, 1, 1, 2, 2])
+
+    def test_differences_at_equal_distance(self) -> None:
+        made = study(cells=[{"noise": "systematic", "rate": 0.2, "arm": ["contrastive", "plain"]}], recommended=None)
+        made = made.model_copy(update={"at_kl": (1.0, 4.0, 25.0)})
+        rows = {d["at"]: d for d in differences(made, list(self.CELLS), self.runs()) if d["kind"] == "arm"}
+        # At 1 nat: seed 0 on the first stretch of both runs, 2 against 1. Seed 1: on the first of contrastive, 2, and
+        # of plain between .75 (there .75) and 1.5 (1.5 - 1.875 = -.375): a third of the way, .375.
+        assert rows["KL 1"]["seeds"] == pytest.approx([1.0, 2 - 0.375])
+        # At 4 nats plain PPO of seed 1 never is; at 25 nobody.
+        assert (rows["KL 4"]["n_seeds"], rows["KL 4"]["kl"]) == (1, None)
+        third = (2 - 1.5) / 1.5
+        between = [1.5 * slope + third * (-0.75 * slope - 1.5 * slope) for slope in (2.0, 1.0)]
+        assert rows["KL 4"]["seeds"] == pytest.approx([between[0] - between[1]])
+        assert "KL 25" not in rows
+        # The greatest common distance is each seed's own: 9 and 2.25 nats.
+        common = rows["greatest KL that both reached"]
+        assert common["kl"] == pytest.approx((9 + 2.25) / 2)
+        assert common["seeds"] == pytest.approx([-0.75 * 2 + 0.75, 3.0 - (1.5 - 1.875)], abs=1e-9)
+        assert rows["end of the run"]["seeds"] == pytest.approx([(2 - 1) * (3 - 3.75), 2 * (4 - 5) - (1.5 - 1.875)])
+
+    def test_curves_and_ends(self) -> None:
+        runs = self.runs()
+        points = frontier(self.CELLS[0], runs)
+        assert [p["step"] for p in points] == [0, 5, 10]
+        assert [p["root_kl"] for p in points] == pytest.approx([0, 1.75, 3.5])  # means of 1.5 and 2, 3 and 4
+        start = points[0]["gold"]["value"]
+        assert [p["gold"]["value"] - start for p in points] == pytest.approx([0, 2 * 1.75, 2 * (3.5 - 1.25 * 3.5)])
+        (end,) = ends(self.CELLS[0], runs)
+        assert end["best_kl"] == pytest.approx((1.5**2 + 2**2) / 2)  # both seeds are best at the middle look
+        assert end["best"]["value"] - start == pytest.approx(3.5)
+        assert end["lost"]["seeds"] == pytest.approx([-0.75 * 2 - 3, -2 - 4])
+        assert (end["kl"], end["length"], end["n_seeds"]) == (pytest.approx((9 + 16) / 2), 7.0, 2)
 
 
 class TestFlips:
