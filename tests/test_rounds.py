@@ -336,6 +336,35 @@ class TestChoice:
         assert bool(found["stopped"]) == (patience is not None)
         assert (tmp_path / "best" / "model").readlink() == Path(f"../round-{best:02d}/ppo/model")
 
+    @pytest.mark.parametrize(("price", "best"), [(0.0, 3), (0.5, 2), (3.0, 0)])
+    def test_a_price_on_distance_keeps_an_earlier_round(
+        self, price: float, best: int, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        scripted(monkeypatch, [0, 1, 2, 2.4])  # less .5 a nat: 0, .5, 1, .9
+        found = run_rounds(
+            RoundsConfig(**settings | {"rounds": 3, "patience": None, "kl_price": price}), tmp_path, quiet=True
+        )
+        assert found["best"]["round"] == best
+        assert found["criterion"]["kl_price"] == price
+
+    def test_reward_models_may_start_from_the_first_each_time(
+        self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        starts: dict[str, list[str]] = {}
+        for how in ("first", "previous"):
+            begun = starts.setdefault(how, [])
+
+            def stand_in(config: Any, out: Path, *_: Any, begun: list[str] = begun, **__: Any) -> None:
+                begun.append(config.model)
+                raise FloatingPointError("far enough")
+
+            monkeypatch.setattr(iterate, "train_metarm", stand_in)
+            config = RoundsConfig(**settings | {"reward_from": how})
+            now = iterate.Round(1, settings["sft"], str(tmp_path / "renewed"))
+            with pytest.raises(FloatingPointError, match="far enough"):
+                iterate.advance(config, now, tmp_path / how, quiet=True)
+        assert starts == {"first": [settings["reward_model"]], "previous": [str(tmp_path / "renewed")]}
+
     def test_a_round_that_fails_is_the_last_one(
         self, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], tmp_path: Path
     ) -> None:
