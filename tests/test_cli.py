@@ -111,6 +111,7 @@ def shop(
     (folder / "bad.yaml").write_text("data: [1, 2\nmodel: x\n")
     (folder / "study.yaml").write_text("seeds: [0]\nworld: {}\ncells: []\nlooks: 3\n")
     (folder / "recipe.yaml").write_text("world: {}\nscorings: [in-sample]\npolicy: {}\n")
+    (folder / "whole.yaml").write_text("data: prefs.jsonl\nmodel: lm\nstrength: {members: 3}\npolicy: {ppo: {}}\n")
     (folder / "unknown.yaml").write_text("data: prefs.jsonl\nmodel: lm\noptim: {lrr: 3}\n")
     (folder / "type.yaml").write_text("data: prefs.jsonl\nmodel: lm\nepochs: many\n")
     return folder
@@ -374,6 +375,10 @@ AUDIT = "audit prefs.jsonl --model lm --out new --max-length 64"
         ("train reward --data prefs.jsonl", ["--model", "--out"]),
         ("train reward bad.yaml --out new", ["bad.yaml", "line 2"]),
         ("train reward unknown.yaml --out new", ["unknown.yaml: optim.lrr: no such setting"]),
+        (
+            "train reward whole.yaml --out new",
+            ["whole.yaml: policy: no such setting", "whole.yaml looks like a recipe or a study; `steelyard run`"],
+        ),
         ("train reward type.yaml --out new", ["type.yaml: epochs: must be a number, got 'many'"]),
         ("train reward none.yaml --out new", ["none.yaml: no such settings file"]),
         ("train reward --model lm --out new --data none.jsonl", ["none.jsonl: no such file"]),

@@ -71,7 +71,16 @@ def parse(
             value = getattr(value, part)
         _put(values, dotted, value, f"--{dotted}")
     file = "" if path is None else f"{path}: "
-    return checked(config, values, lambda f: f"--{f.replace('_', '-')}" if f in chosen else f"{file}{f}"), parsed
+    try:
+        return checked(config, values, lambda f: f"--{f.replace('_', '-')}" if f in chosen else f"{file}{f}"), parsed
+    except InputError as error:
+        sections = [
+            name for name, value in given.items() if isinstance(value, dict) and name not in config.model_fields
+        ]
+        if len(sections) < 2:
+            raise
+        hint = f"{path} looks like a recipe or a study; `steelyard run` and `steelyard study ...` take those"
+        raise InputError(f"{error}\n{hint}") from None
 
 
 def checked(config: type[C], values: dict[str, Any], label: Callable[[str], str] = str) -> C:
