@@ -195,6 +195,20 @@ def test_a_step_is_that_of_a_plain_float64_reference(
             assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+def test_a_step_in_bfloat16_points_where_float64_does(base: dict[str, Any], record: Record, tmp_path: Path) -> None:
+    config = PPOConfig.model_validate(base | {"reward": "plain", "precision": "bfloat16"})
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    metrics, *gradients = reference(config, record.prompts[0], record.drawn[0], None)
+    for found, expected in zip(record.gradients, gradients, strict=True):
+        mine, theirs = (torch.cat([x.flatten().double() for x in part]) for part in (found, expected))  # type: ignore[union-attr]
+        assert float(torch.cosine_similarity(mine, theirs, 0)) > 0.98
+        assert float(mine.norm() / theirs.norm()) == pytest.approx(1, abs=0.05)
+    (line,) = lines(tmp_path / "ppo")
+    assert line["ppo/reward_raw"] == pytest.approx(metrics["ppo/reward_raw"], abs=0.02)
+    assert line["ppo/kl"] == 0.0
+    assert line["ppo/length"] == pytest.approx(metrics["ppo/length"])
+
+
 def by_text(
     folder: Any, kind: Any, weights: list[Tensor] | None, read: Any, texts: Sequence[tuple[tuple[int, ...], Sample]]
 ) -> tuple[Any, list[Tensor]]:
