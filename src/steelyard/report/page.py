@@ -203,7 +203,8 @@ def _reward_sentences(run: Run) -> list[str]:
 
 def _policy_sentences(run: Run) -> list[str]:
     sentences = []
-    for w in (run.policy.wins if run.policy else [])[:2]:
+    wins = run.policy.wins if run.policy else []
+    for w in [w for w in wins if w.b == wins[0].b][:4]:
         if w.score is None:
             continue
         judge = f", judged by {w.judge}" if w.judge else ""
