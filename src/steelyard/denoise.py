@@ -52,15 +52,14 @@ RECIPES: dict[Recipe, tuple[str, ...]] = {
 """The steps of each recipe, in order."""
 
 _READS: dict[str, set[str]] = {
-    "flip": {"q"},
-    "margin": {"margin_scale", "margin_cap", "negative_margins"},
-    "soften": {"alpha", "soft_below", "margin_in_flip"},
-    "drop": {"q"},
-    "soft targets": set(),
+    "flip": {"q", "shuffle"},
+    "margin": {"margin_scale", "margin_cap", "negative_margins", "shuffle"},
+    "soften": {"alpha", "soft_below", "margin_in_flip", "shuffle"},
+    "drop": {"q", "shuffle"},
+    "soft targets": {"shuffle"},
     "random flip": {"q", "seed"},
     "oracle flip": set(),
 }
-_BY_STRENGTH = frozenset(_READS) - {"random flip", "oracle flip"}
 
 
 class RepairOptions(Config):
@@ -105,10 +104,9 @@ class RepairOptions(Config):
     @model_validator(mode="after")
     def _refuse_idle_options(self) -> RepairOptions:
         fields = type(self).model_fields
-        steps = set(RECIPES[self.recipe])
-        read = {"recipe"}.union(*(_READS[step] for step in steps))
-        if steps & _BY_STRENGTH:
-            read |= {"shuffle", "seed"} if self.shuffle else {"shuffle"}
+        read = {"recipe"}.union(*(_READS[step] for step in RECIPES[self.recipe]))
+        if self.shuffle:
+            read.add("seed")
         idle = self.model_fields_set - read
         if self.model_fields_set == set(fields):
             idle = {name for name in idle if getattr(self, name) != fields[name].default}

@@ -32,7 +32,7 @@ Rule = tuple[str, Keep, float] | int
 
 
 def rules(prices: Sequence[float], rounds: int) -> dict[str, Rule]:
-    """All rules by name, for so many rounds; the last round, wherever that is, is not among them."""
+    """All rules by name, for so many rounds."""
     found: dict[str, Rule] = {"gold: best": (GOLD, "best", 0.0)}
     # The first reward model is the judge's control: what does not need other data to tell. And the rounds by number
     # are the control of all rules: what stopping early gives without a criterion.
@@ -41,7 +41,7 @@ def rules(prices: Sequence[float], rounds: int) -> dict[str, Rule]:
             less = f" less {price:g} a nat" if price else ""
             found[f"{name}{less}: best"] = (by, "best", price)
             found[f"{name}{less}: earliest"] = (by, "earliest", price)
-    return found | {f"round {n}": n for n in range(1, rounds + 1)}
+    return found | {f"round {n}": n for n in range(1, rounds)} | {LAST: rounds}
 
 
 def write_judge_pairs(world: WorldConfig, count: int, held_out: str, out: Path) -> Path:
@@ -69,20 +69,16 @@ def judge_run(config: RoundsConfig, judge: str, run: Path) -> None:
             continue
         policy = config.sft if folder.name == "round-00" else str(folder / "ppo" / "model")
         rewards = {FIRST: config.reward_model, JUDGE: judge}
-        found = examine_round(policy, config.sft, rewards, prompts, gold, {}, how, max_length=encoder.max_length)[
-            "values"
-        ]
-        if not np.allclose(found[GOLD], json.loads(examined.read_text())["values"][GOLD]):
+        length = encoder.max_length
+        again = examine_round(policy, config.sft, rewards, prompts, gold, {}, how, max_length=length)["values"]
+        if not np.allclose(again[GOLD], json.loads(examined.read_text())["values"][GOLD]):
             raise RuntimeError(f"{examined}: its answers cannot be drawn again; did another version begin the study?")
-        write_json_atomic(target, {JUDGE: found[JUDGE]})
+        write_json_atomic(target, {JUDGE: again[JUDGE]})
 
 
 def _chosen(rule: Rule, rounds: Sequence[Mapping[str, Any]]) -> int:
     """The number of the round that a rule keeps."""
-    if isinstance(rule, int):
-        return min(rule, len(rounds) - 1)
-    by, keep, price = rule
-    return int(choose(rounds, by, price, keep)["round"])
+    return rule if isinstance(rule, int) else int(choose(rounds, rule[0], rule[2], rule[1])["round"])
 
 
 def choices(
@@ -93,16 +89,17 @@ def choices(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(gold of the round that each rule keeps, mean of the arms, less the judge's best; which round that is, by run).
 
-    `examined`: the rounds of each arm and seed, judged. All rules choose on every other prompt; gold is of the rest.
+    `examined`: the rounds of each arm and seed, judged, as many of all. All rules choose on every other prompt; gold is
+    of the rest.
     """
     kept, gold_of = [], dict[str, list[Any]]()
-    known = rules(prices, max(map(len, examined.values())) - 1)
-    for rule in (*known, LAST):
+    known = rules(prices, len(next(iter(examined.values()))) - 1)
+    for rule, how in known.items():
         for seed in seeds:
             of_arms = []
             for arm in arms:
                 rounds = examined[arm, seed]
-                number = _chosen(known.get(rule, len(rounds) - 1), rounds)
+                number = _chosen(how, rounds)
                 rest = np.array(rounds[number]["values"][GOLD])[1::2]
                 kept.append({"rule": rule, "arm": arm, "seed": seed, "round": number, "gold": float(rest.mean())})
                 of_arms.append(rest)

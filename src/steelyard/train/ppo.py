@@ -376,7 +376,7 @@ def training_prompts(
             f"{config.prompts}: {len(fits)} of {len(prompts)} prompts leave room for "
             f"{config.sampling.max_new_tokens} new tokens within max_length = {config.max_length}; prompts_per_step "
             f"= {config.prompts_per_step} needs more"
-            + ("" if config.limit is None else f"; limit = {config.limit} lets only the first prompts in")
+            + (f"; limit = {config.limit} lets only the first prompts in" if len(rows) == config.limit else "")
         )
     if not quiet:
         rest = "; the others leave no room within max_length" if len(fits) < len(prompts) else ""
