@@ -69,11 +69,12 @@ TINY: dict[str, Any] = {
         "plain": {"reward": "plain"}, "contrastive": {"reward": "contrastive", "k": 2},
         "RLOO": {"reward": "plain", "advantage": "rloo"},
         "UWO": {"reward": "plain", "members": 2, "aggregate": "uncertainty-weighted"},
+        "UWO, PAR": {"reward": "par", "members": 2, "aggregate": "uncertainty-weighted"},
         "stopped": {"reward": "plain", "max_kl": 1e-9}, "DPO": {"method": "dpo"},
     },
     "cells": [
         {"noise": ["uniform", "systematic"], "rate": [0, 0.2], "arm": "plain"},
-        {"noise": "systematic", "rate": 0.2, "arm": ["contrastive", "RLOO", "UWO", "stopped", "DPO"]},
+        {"noise": "systematic", "rate": 0.2, "arm": ["contrastive", "RLOO", "UWO", "UWO, PAR", "stopped", "DPO"]},
         {"noise": "systematic", "rate": 0.2, "repair": "oracle", "arm": ["plain", "contrastive"]},
     ],
     "recommended": {"repair": "oracle", "arm": "contrastive"},
@@ -264,7 +265,7 @@ class TestGrid:
     def test_is_the_union_of_its_blocks(self) -> None:
         grid = study().grid()
         assert [c.world for c in grid[:3]] == ["clean", "uniform 20 %", "systematic 20 %"]
-        assert len(grid) == 10
+        assert len(grid) == 11
         assert Cell("systematic", 0.2, "none", "DPO", None) in grid
         assert Cell(*NOISY, "contrastive", 0.05) in grid
         assert len({c.place for c in grid}) == len(grid)
@@ -311,7 +312,7 @@ class TestGrid:
     def test_the_kl_penalty_is_scaled_like_the_reward(self) -> None:
         def config(arm: dict[str, Any], weight: float) -> Any:
             one = study(arms=TINY["arms"] | {"it": arm})
-            paths: dict[str, Any] = {"policy": "", "rewards": ("",), "prompts": "", "baselines": "", "gold": None}
+            paths: dict[str, Any] = {"policy": "", "rewards": ("",), "prompts": "", "baselines": ("",), "gold": None}
             return ppo_config(one, Cell(*NOISY, "it", weight), 3, **paths)
 
         assert config({"reward": "contrastive"}, 0.05).scale_kl
@@ -321,7 +322,7 @@ class TestGrid:
         # What all arms share must not scale an arm after all.
         shared = study(ppo=TINY["ppo"] | {"scaling": "none"})
         cell = Cell("none", 0.0, "none", "contrastive", 0.05)
-        named: dict[str, Any] = {"policy": "p", "rewards": ("r",), "prompts": "q", "baselines": "b", "gold": None}
+        named: dict[str, Any] = {"policy": "p", "rewards": ("r",), "prompts": "q", "baselines": ("b",), "gold": None}
         assert ppo_config(shared, cell, 0, **named).scaling == "none"
         shared = study(ppo=TINY["ppo"] | {"baseline": "shrunk", "lsc_percentile": 50, "group_std": False})
         alone = ppo_config(shared, Cell(*NOISY, "plain", 0.05), 0, **named)

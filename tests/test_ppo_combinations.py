@@ -53,6 +53,16 @@ def second(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> str:
     return tiny.save_folder(tiny.build_model(config, seed=7, head=True), tiny.build_tokenizer(), folder)
 
 
+@pytest.fixture(scope="module")
+def twice(stored: str, second: str, language_model: Folders, planted: dict[str, str]) -> str:
+    """The same baselines, scored by `second`."""
+    config = BaselineConfig(
+        policy=language_model("llama"), reward_model=second, prompts=planted["prompts"], max_length=64,
+        sampling=SamplingConfig(max_new_tokens=5),
+    )  # fmt: skip
+    return str(sample_baselines(config, Path(stored).parent))
+
+
 @pytest.fixture
 def base(language_model: Folders, reward_model: Folders, planted: dict[str, str]) -> dict[str, Any]:
     return {
@@ -112,6 +122,9 @@ REWARDS: dict[str, dict[str, Any]] = {
     "lsc": {"reward": "lsc", "lsc_percentile": 50},
     "lsc, all": {"reward": "lsc", "lsc_reference": "all"},
     "ensemble": {"reward": "plain", "aggregate": "worst"},
+    "ensemble, contrastive": {"reward": "contrastive", "k": 2, "aggregate": "uncertainty-weighted"},
+    "ensemble, par": {"reward": "par", "aggregate": "worst"},
+    "ensemble, lsc": {"reward": "lsc", "lsc_percentile": 50},
 }
 ADVANTAGES: dict[str, dict[str, Any]] = {
     "gae": {"advantage": "gae", "critic": OptimConfig(lr=1e-3)},
@@ -123,30 +136,32 @@ ADVANTAGES: dict[str, dict[str, Any]] = {
 ALLOWED = [
     (reward, advantage, scaled)
     for reward, advantage, scaled in itertools.product(REWARDS, ADVANTAGES, (False, True))
-    if reward != "contrastive" or advantage == "gae"
+    if not reward.endswith("contrastive") or advantage == "gae"
 ]
 
 
-def settings(base: dict[str, Any], reward: str, stored: str, second: str) -> dict[str, Any]:
-    if reward == "ensemble":
-        return base | REWARDS[reward] | {"reward_model": (base["reward_model"], second)}
-    return base | REWARDS[reward] | ({} if reward == "plain" else {"baselines": stored})
+def settings(base: dict[str, Any], reward: str, stored: tuple[str, str], second: str) -> dict[str, Any]:
+    several = reward.startswith("ensemble")
+    made = base | REWARDS[reward] | ({"reward_model": (base["reward_model"], second)} if several else {})
+    return made | ({} if made["reward"] == "plain" else {"baselines": stored if several else stored[0]})
 
 
 @pytest.mark.parametrize(("reward", "advantage", "scaled"), ALLOWED)
 def test_every_allowed_combination_runs(
-    reward: str, advantage: str, scaled: bool, base: dict[str, Any], stored: str, second: str, tmp_path: Path
-) -> None:
+    reward: str, advantage: str, scaled: bool, base: dict[str, Any], stored: str, twice: str, second: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     scaling = {"scaling": "std", "scale_warmup": 4} if scaled else {}
-    config = PPOConfig.model_validate(settings(base, reward, stored, second) | ADVANTAGES[advantage] | scaling)
+    both = (stored, twice)
+    config = PPOConfig.model_validate(settings(base, reward, both, second) | ADVANTAGES[advantage] | scaling)
     train_ppo(config, tmp_path / "ppo", quiet=True)
     first, last = lines(tmp_path / "ppo")
     assert first["ppo/kl"] == 0 < abs(last["ppo/kl"])
     assert first["ppo/advantage_std"] > 0
     assert OF_THE_CRITIC & set(last) == (OF_THE_CRITIC if advantage == "gae" else set())
-    if reward == "par":
+    if reward.endswith("par"):
         assert 0 < first["ppo/reward_shaped"] < first["ppo/scale"]
-    if reward.startswith("lsc"):
+    if "lsc" in reward:
         assert first["ppo/reward_shaped"] < 0
     names = (tmp_path / "ppo" / "model").iterdir()
     assert "model.safetensors" in {path.name for path in names}
@@ -190,9 +205,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight of the mean": (
         {"reward_model": ("a", "b"), "uncertainty_weight": 1.0}, "uncertainty_weight: no effect with aggregate = mean"
     ),
-    "ensemble and baselines": (
+    "two reward models, one baseline file": (
         {"reward_model": ("a", "b"), "reward": "par", "baselines": "b"},
-        "several reward models need reward = plain, got par",
+        "baselines: 2 reward models need as many scored files, one each in the order of reward_model, got 1",
+    ),
+    "one reward model, two baseline files": (
+        {"reward": "par", "baselines": ("b", "c")}, "baselines: 1 reward model need as many scored files"
     ),
     "an end held back": ({"sampling": {"min_new_tokens": 2}}, "min_new_tokens: must be 0 in PPO, got 2"),
     "no reward model": ({"reward_model": ()}, "must name one or several different folders"),
@@ -312,7 +330,7 @@ def test_par_and_lsc_are_paid_against_the_stored_baselines(
     reward: str, base: dict[str, Any], stored: str, watch: Watch, tmp_path: Path
 ) -> None:
     bound = 0.6 if reward == "par" else 2.0
-    config = PPOConfig.model_validate(settings(base, reward, stored, "") | {"steps": 1, "reward_clip": bound})
+    config = PPOConfig.model_validate(settings(base, reward, (stored, ""), "") | {"steps": 1, "reward_clip": bound})
     train_ppo(config, tmp_path / "ppo", quiet=True)
     kept = read_baselines(stored, k=None, policy=config.policy, reward_model=base["reward_model"])
     (rollouts, paid), prompts = watch.paid[0], watch.draws[0][0]
@@ -342,10 +360,61 @@ def test_an_ensemble_aggregates_normalised_scores(
     trees = [Tree(p, tuple(s.tokens for s in row)) for p, row in zip(prompts, drawn, strict=True)]
     first, other = (RewardModel.load(f).score(trees, pad_id=tiny.PAD).astype(float) for f in folders)
     a, b = (first - 0.3) / 1.7, (other + 2.0) / 0.5
-    # The population variance of two numbers is a quarter of their squared difference.
+    # The population variance of two numbers is a quarter of their squared difference; its weight is 2.
     expected = {"mean": (a + b) / 2, "worst": np.minimum(a, b), "uncertainty-weighted": (a + b - (a - b) ** 2) / 2}[how]
     np.testing.assert_allclose(watch.paid[0][1].numpy(), expected, rtol=1e-4, atol=1e-4)
     assert lines(tmp_path / "ppo")[0]["ppo/reward_raw"] == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def aggregated(first: np.ndarray, other: np.ndarray, how: str) -> np.ndarray:
+    """Raw scores of the two reward models to one, by hand, in float64."""
+    a, b = (first.astype(float) - 0.3) / 1.7, (other.astype(float) + 2.0) / 0.5
+    # The population variance of two numbers is a quarter of their squared difference.
+    return {"mean": (a + b) / 2, "worst": np.minimum(a, b), "uncertainty-weighted": (a + b - (a - b) ** 2 / 4) / 2}[how]
+
+
+@pytest.mark.parametrize("how", ["mean", "worst", "uncertainty-weighted"])
+@pytest.mark.parametrize("reward", ["contrastive", "par", "lsc"])
+def test_an_ensembles_baselines_are_aggregated_like_its_rewards(
+    reward: str, how: str, base: dict[str, Any], stored: str, twice: str, second: str, watch: Watch, tmp_path: Path
+) -> None:
+    folders, files = (base["reward_model"], second), (stored, twice)
+    own = {"contrastive": {"scaling": "none"}, "par": {}, "lsc": {"lsc_percentile": 50}}[reward]
+    config = PPOConfig.model_validate(
+        base | {"reward": reward, "reward_model": folders, "baselines": files, "aggregate": how, "steps": 1} | own
+    )
+    train_ppo(config, tmp_path / "ppo", quiet=True)
+    kept = [
+        read_baselines(f, k=None, policy=config.policy, reward_model=m) for f, m in zip(files, folders, strict=True)
+    ]
+    prompts, drawn = watch.draws[0]
+    trees = [Tree(p, tuple(s.tokens for s in row)) for p, row in zip(prompts, drawn, strict=True)]
+    ours = aggregated(*(RewardModel.load(f).score(trees, pad_id=tiny.PAD) for f in folders), how)
+    for n, prompt in enumerate(prompts):
+        key = " ".join(tiny.VOCABULARY[i] for i in prompt)
+        theirs = aggregated(kept[0][key], kept[1][key], how)
+        expected = {
+            "contrastive": ours[n] - theirs.mean(),
+            "par": sigmoid(ours[n][:, None] - theirs).mean(-1),
+            "lsc": np.log(sigmoid(ours[n] - np.median(theirs))),
+        }[reward]
+        np.testing.assert_allclose(watch.paid[0][1][n].numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_ensembles_baselines_must_be_its_own_and_of_the_same_responses(
+    base: dict[str, Any], stored: str, twice: str, second: str, language_model: Folders, planted: dict[str, str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    base |= {"reward": "par", "reward_model": (base["reward_model"], second)}
+    with pytest.raises(InputError, match=r"scored by another model than .* in the order of reward_model"):
+        train_ppo(PPOConfig.model_validate(base | {"baselines": (twice, stored)}), tmp_path / "a", quiet=True)
+    config = BaselineConfig(
+        policy=language_model("llama"), reward_model=second, prompts=planted["prompts"], max_length=64, seed=1,
+        sampling=SamplingConfig(max_new_tokens=5),
+    )  # fmt: skip
+    other = str(sample_baselines(config, tmp_path / "other"))
+    with pytest.raises(InputError, match="holds other responses than"):
+        train_ppo(PPOConfig.model_validate(base | {"baselines": (stored, other)}), tmp_path / "b", quiet=True)
 
 
 def test_running_std_divides_by_the_std_of_all_rewards_so_far(

@@ -39,8 +39,12 @@ class Ensemble(nn.Module):
 
     def forward(self, batch: TreeBatch) -> Float[Tensor, "B K"]:
         """Aggregated rewards, float32."""
-        scores = [(m(batch) - mean) / std for m, (mean, std) in zip(self.members, self.normals, strict=True)]
-        return aggregate(torch.stack(scores), self.how, uncertainty_weight=self.uncertainty_weight)
+        return self.combine([member(batch) for member in self.members])
+
+    def combine(self, scores: Sequence[Float[Tensor, "*B"]]) -> Float[Tensor, "*B"]:
+        """One reward from the members' raw scores of the same responses."""
+        normal = [(raw - mean) / std for raw, (mean, std) in zip(scores, self.normals, strict=True)]
+        return aggregate(torch.stack(normal), self.how, uncertainty_weight=self.uncertainty_weight)
 
 
 class ValueHead(nn.Module):

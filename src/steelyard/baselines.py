@@ -135,6 +135,7 @@ def read_baselines(
             raise InputError(
                 f"{path}: these baselines were {'sampled from' if role == 'policy' else 'scored by'} another model "
                 f"than {' or '.join(folders)}; run `steelyard sample` with this {role.replace('_', ' ')}"
+                + ("; several files are named in the order of reward_model" if role == "reward_model" else "")
             )
     stored = settings["k"]
     if k is not None and k > stored:
@@ -145,6 +146,20 @@ def read_baselines(
             raise InputError(f"{path}: holds rewards that are not finite; score a new file with `steelyard sample`")
         rewards.setdefault(key, []).append(reward)
     return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
+
+
+def require_same_responses(paths: Sequence[str | Path]) -> None:
+    """Raise InputError unless scored files, one by each of several reward models, hold the same responses in one order.
+
+    Only then can an ensemble's scores of one response be aggregated.
+    """
+    columns = ["key", "response_tokens"]
+    for path in paths[1:]:
+        if not pq.read_table(path, columns=columns).equals(pq.read_table(paths[0], columns=columns)):
+            raise InputError(
+                f"{path}: holds other responses than {paths[0]}; run `steelyard sample` with each reward model and the "
+                "same policy, prompts, k, sampling and seed, in one folder: it samples once"
+            )
 
 
 def drawn_otherwise(path: str | Path, sampling: SamplingConfig, precision: Precision) -> str:

@@ -39,7 +39,11 @@ class PPOConfig(Config):
     uncertainty_weight: float = Field(0.5, ge=0, description="weight of their variance in uncertainty-weighted")
     prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
     reward: Transform = Field("contrastive", description="what the policy is paid for")
-    baselines: str | None = Field(None, description="scored baseline file of `steelyard sample`; not for plain rewards")
+    baselines: str | tuple[str, ...] | None = Field(
+        None,
+        description="scored baseline file of `steelyard sample`, with several reward models one scored by each, in "
+        "their order; not for plain rewards",
+    )
     k: int | None = Field(None, ge=1, description="use the first k stored baselines per prompt; none given: all")
     baseline: Baseline = Field(
         "mean",
@@ -122,17 +126,19 @@ class PPOConfig(Config):
         """The folders, one or several."""
         return (self.reward_model,) if isinstance(self.reward_model, str) else self.reward_model
 
+    @property
+    def baseline_files(self) -> tuple[str, ...]:
+        """The files, one for each reward model; none with plain rewards."""
+        if self.baselines is None:
+            return ()
+        return (self.baselines,) if isinstance(self.baselines, str) else self.baselines
+
 
 def check(config: PPOConfig) -> None:
     """Raise InputError for settings that would have no effect or no meaning."""
     folders, reward, advantage = config.reward_models, config.reward, config.advantage
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"reward_model: must name one or several different folders, got {list(folders)}")
-    if len(folders) > 1 and reward != "plain":
-        raise InputError(
-            f"reward_model: several reward models need reward = plain, got {reward}: a baseline file holds the scores "
-            "of one reward model; name one folder, or use plain"
-        )
     if len(folders) > 1 and not config.normalise:
         raise InputError(
             "normalise: must be on with several reward models: their raw rewards have offsets and scales of their own, "
@@ -151,6 +157,12 @@ def check(config: PPOConfig) -> None:
         )
     if reward != "plain" and config.baselines is None:
         raise InputError(f"baselines: {reward} rewards need a scored baseline file; make one with `steelyard sample`")
+    if reward != "plain" and len(config.baseline_files) != len(folders):
+        raise InputError(
+            f"baselines: {len(folders)} reward model{'s' * (len(folders) > 1)} need as many scored files, one each in "
+            f"the order of reward_model, got {len(config.baseline_files)}; `steelyard sample` with each reward model "
+            "makes them and samples once"
+        )
     if config.sampling.min_new_tokens:
         raise InputError(
             f"sampling.min_new_tokens: must be 0 in PPO, got {config.sampling.min_new_tokens}: the update's "

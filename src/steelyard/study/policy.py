@@ -103,8 +103,8 @@ def _prepare(study: PolicyStudy, out: Path) -> tuple[Files, Exam]:
     length = int(study.ppo.get("max_length", PPOConfig.model_fields["max_length"].default))
     prompts = examination_prompts(recipe, files, config, length, "evaluate")
     for cell in {c.arm: c for c in study.grid() if c.kl_coef is not None}.values():
-        rewards = ("",) * members(study, cell.arm)
-        ppo = ppo_config(study, cell, 0, policy="", rewards=rewards, prompts=files.prompts, baselines="", gold=None)
+        each = ("",) * members(study, cell.arm)
+        ppo = ppo_config(study, cell, 0, policy="", rewards=each, prompts=files.prompts, baselines=each, gold=None)
         require_training_prompts(recipe, files, ppo, f"arms.{cell.arm}")
     return files, Exam(tuple(prompts), config, length, study.looks)
 
@@ -188,9 +188,17 @@ def reward_job(study: PolicyStudy, seed: int, data: tuple[str, str], member: int
     return reward_config(recipe, *repair_of(study, data[1]), data=pairs, model=start, validation={})
 
 
-def _baselines(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> dict[tuple[int, str, str], str]:
-    """(seed, world, repair) -> scored baselines. One job a seed: its responses are sampled once."""
-    wanted = list(dict.fromkeys(c.data for c in grid if needs_baselines(study, c.arm)))
+Scored = dict[tuple[int, str, str], list[str]]
+"""(seed, world, repair) -> scored baselines, one file by each reward model that an arm reads them of."""
+
+
+def _baselines(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path) -> Scored:
+    """One job a seed: its responses are sampled once."""
+    most: dict[tuple[str, str], int] = {}
+    for cell in grid:
+        if needs_baselines(study, cell.arm):
+            most[cell.data] = max(most.get(cell.data, 1), members(study, cell.arm))
+    wanted = [(data, member) for data, size in most.items() for member in range(size)]
     jobs: list[Job] = []
     for seed in study.seeds:
         policy = start_of(study, out, seed)
@@ -200,22 +208,21 @@ def _baselines(study: PolicyStudy, grid: Sequence[Cell], files: Files, out: Path
                 seed,
                 policy=policy,
                 prompts=files.prompts,
-                reward_model=str(reward_of(out, seed, data) / "model"),
+                reward_model=str(reward_of(out, seed, data, member) / "model"),
             )
-            for data in wanted
+            for data, member in wanted
         ]
         jobs.append((configs, of_seed(out, seed) / "baselines"))
     found = _each(study, sample_all, jobs if wanted else [], [f"baselines, seed {seed}" for seed in study.seeds])
-    return {
-        (seed, *data): path
-        for seed, paths in zip(study.seeds, found, strict=False)
-        for data, path in zip(wanted, paths, strict=True)
-    }
+    scored: Scored = {}
+    for seed, paths in zip(study.seeds, found, strict=False):
+        for (data, _), path in zip(wanted, paths, strict=True):
+            scored.setdefault((seed, *data), []).append(path)
+    return scored
 
 
 def _policies(
-    study: PolicyStudy, grid: Sequence[Cell], files: Files, scored: dict[tuple[int, str, str], str], exam: Exam,
-    out: Path,
+    study: PolicyStudy, grid: Sequence[Cell], files: Files, scored: Scored, exam: Exam, out: Path
 ) -> None:  # fmt: skip
     """All cells of a seed before the next seed's."""
     jobs = [run_job(study, cell, seed, files, scored, exam, out) for seed in study.seeds for cell in grid]
@@ -229,8 +236,7 @@ def _policies(
 
 
 def run_job(
-    study: PolicyStudy, cell: Cell, seed: int, files: Files, scored: dict[tuple[int, str, str], str], exam: Exam,
-    out: Path,
+    study: PolicyStudy, cell: Cell, seed: int, files: Files, scored: Scored, exam: Exam, out: Path
 ) -> RunJob:  # fmt: skip
     """One policy's job."""
     start = start_of(study, out, seed)
@@ -241,6 +247,6 @@ def run_job(
         return RunJob(folder, dpo_config(study, cell, seed, data=data, model=start), start, rewards, exam)
     config = ppo_config(
         study, cell, seed, policy=start, rewards=rewards, prompts=files.prompts,
-        baselines=scored.get((seed, *cell.data), ""), gold=files.gold,
+        baselines=tuple(scored.get((seed, *cell.data), ())), gold=files.gold,
     )  # fmt: skip
     return RunJob(folder, config, start, rewards, exam)

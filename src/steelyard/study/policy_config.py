@@ -225,8 +225,8 @@ def annotators(study: PolicyStudy, cell: Cell) -> AnnotatorConfig:
 
 
 def ppo_config(
-    study: PolicyStudy, cell: Cell, seed: int, *, policy: str, rewards: tuple[str, ...], prompts: str, baselines: str,
-    gold: str | None,
+    study: PolicyStudy, cell: Cell, seed: int, *, policy: str, rewards: tuple[str, ...], prompts: str,
+    baselines: tuple[str, ...], gold: str | None,
 ) -> PPOConfig:  # fmt: skip
     """Settings of one PPO run. Shared settings that an arm makes idle are left out; where a reward is scaled, so is
     its KL penalty: all arms with one `kl_coef` pay the same price for a nat."""
@@ -242,7 +242,8 @@ def ppo_config(
     fixed["reward_model"] = rewards[0] if len(rewards) == 1 else rewards
     idle = ppo_settings.idle(setting("reward"), setting("advantage"))
     if setting("reward") != "plain":
-        fixed["baselines"] = baselines
+        own_files = baselines[: len(rewards)]
+        fixed["baselines"] = own_files[0] if len(own_files) == 1 else own_files
     scaled = setting("scaling") == "std" or (setting("reward") == "contrastive" and setting("scaling") != "none")
     if not scaled:
         idle |= ppo_settings.SCALING - own.keys() - ({"scaling"} if setting("reward") == "contrastive" else set())
@@ -380,7 +381,7 @@ def _check_cell(study: PolicyStudy, cell: Cell) -> None:
         dpo_config(study, cell, 0, data="", model="")
         return
     rewards = tuple(str(m) for m in range(members(study, cell.arm)))
-    config = ppo_config(study, cell, 0, policy="", rewards=rewards, prompts="", baselines="", gold=None)
+    config = ppo_config(study, cell, 0, policy="", rewards=rewards, prompts="", baselines=rewards, gold=None)
     try:
         ppo_settings.check(config)
     except InputError as error:

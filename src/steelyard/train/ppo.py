@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steelyard.actors import Models
+from steelyard.actors import Ensemble, Models
 from steelyard.advantages import whiten
-from steelyard.baselines import baseline_key, drawn_otherwise, read_baselines
+from steelyard.baselines import baseline_key, drawn_otherwise, read_baselines, require_same_responses
 from steelyard.checkpoint import pack_optimizer, unpack_optimizer
 from steelyard.data.collate import TreeBatch, collate, pack
 from steelyard.data.encode import Encoder
@@ -132,11 +132,11 @@ class Learner:
 class Task:
     """What the policy learns on: prompts, their token ids, their baselines (or LSC's references), a gold scorer."""
 
-    def __init__(self, config: PPOConfig, encoder: Encoder, quiet: bool) -> None:
+    def __init__(self, config: PPOConfig, models: Models, quiet: bool) -> None:
         self.gold = load_scorer(config.gold) if config.gold else None
-        self.prompts, self.ids, self.names = training_prompts(config, encoder, quiet=quiet)
+        self.prompts, self.ids, self.names = training_prompts(config, models.encoder, quiet=quiet)
         self.streams = stream_keys(self.prompts)
-        self.baselines_NK = _baselines(config, self.prompts, encoder)
+        self.baselines_NK = _baselines(config, self.prompts, models)
 
     def stored(self, chosen: Sequence[int]) -> Float[Tensor, "N k"] | None:
         """The baselines of some prompts; None with plain rewards."""
@@ -174,7 +174,7 @@ def train_ppo(
             return run.result()
         learner = Learner(config)
         models = learner.models
-        task, first = Task(config, models.encoder, quiet), 0
+        task, first = Task(config, models, quiet), 0
         if (saved := run.restore()) is not None:
             first, tensors, state = saved
             learner.restore(tensors, state)
@@ -384,23 +384,28 @@ def training_prompts(
     return [prompts[i] for i in fits], [ids[i] for i in fits], [rows[i].id for i in fits]
 
 
-def _baselines(config: PPOConfig, prompts: Sequence[Prompt], encoder: Encoder) -> Float[Tensor, "N k"] | None:
-    if config.reward == "plain" or config.baselines is None:
+def _baselines(config: PPOConfig, prompts: Sequence[Prompt], models: Models) -> Float[Tensor, "N k"] | None:
+    """What each prompt's rewards are set against, on the scale of `models.reward`; None with plain rewards."""
+    files = config.baseline_files
+    if config.reward == "plain":
         return None
-    (model,) = config.reward_models
     # Responses of the reference, or of the policy as it starts: where it has moved before, both can be meant.
     policies = [p for p in (config.reference, config.policy) if p is not None]
-    stored = read_baselines(config.baselines, k=config.k, policy=policies, reward_model=model)
-    if differs := drawn_otherwise(config.baselines, config.sampling, config.precision):
+    keys = [baseline_key(p, models.encoder) for p in prompts]
+    scores = []
+    for path, model in zip(files, config.reward_models, strict=True):
+        stored = read_baselines(path, k=config.k, policy=policies, reward_model=model)
+        if missing := sum(key not in stored for key in keys):
+            raise InputError(f"{path}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
+        scores.append(torch.from_numpy(np.stack([stored[key] for key in keys])))
+    require_same_responses(files)
+    if differs := drawn_otherwise(files[0], config.sampling, config.precision):
         # Allowed: baselines may be drawn as people will draw. But then the contrast at the start is not 0 on average.
-        print(f"warning: {config.baselines}: not drawn as PPO samples: {differs}", file=sys.stderr, flush=True)
-    keys = [baseline_key(p, encoder) for p in prompts]
-    if missing := sum(key not in stored for key in keys):
-        raise InputError(f"{config.baselines}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
-    baselines_NK = torch.from_numpy(np.stack([stored[key] for key in keys]))
+        print(f"warning: {files[0]}: not drawn as PPO samples: {differs}", file=sys.stderr, flush=True)
+    baselines_NK = models.reward.combine(scores) if isinstance(models.reward, Ensemble) else scores[0]
     if config.baseline == "shrunk" and min(baselines_NK.shape) < 2:
         raise InputError(
-            f"{config.baselines}: {len(baselines_NK)} prompts with {baselines_NK.shape[1]} baselines each; "
+            f"{files[0]}: {len(baselines_NK)} prompts with {baselines_NK.shape[1]} baselines each; "
             "baseline = shrunk needs 2 of both: sample more, or use mean"
         )
     pooled = config.lsc_reference == "all"
