@@ -22,7 +22,11 @@ class SamplingConfig(Config):
     )
     max_new_tokens: int = Field(64, ge=1, description="a response is cut off after this many tokens")
     min_new_tokens: int = Field(0, ge=0, description="the end token is not drawn before this many tokens")
-    rows: int = Field(128, ge=1, description="samples drawn side by side (memory, not results, depends on it)")
+    rows: int = Field(
+        128,
+        ge=1,
+        description="samples drawn side by side: whole prompts of k, at least one (memory, not results)",
+    )
     sampler: Backend = Field(
         "auto",
         description="shared: Steelyard's own layers, each prompt kept once; transformers: any model; auto: shared "

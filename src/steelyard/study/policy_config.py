@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -322,12 +323,19 @@ def _check_arms(study: PolicyStudy) -> None:
             raise InputError(f"against.{name}: a repair cannot be its own control; name another")
 
 
+def _require_known(study: PolicyStudy, where: str, repairs: Sequence[str], arms: Sequence[str]) -> None:
+    for name, given, known in (
+        ("arm", arms, set(study.arms)),
+        ("repair", repairs, {AS_LABELLED, *study.repairs}),
+    ):
+        if unknown := set(given) - known:
+            raise InputError(f"{where}.{name}: must be of {sorted(known)}, got {sorted(unknown)}")
+
+
 def _check_cells(study: PolicyStudy) -> None:
     grid = study.grid()
     for i, block in enumerate(study.cells):
-        for name, known in (("arm", set(study.arms)), ("repair", {AS_LABELLED, *study.repairs})):
-            if unknown := set(getattr(block, name)) - known:
-                raise InputError(f"cells.{i}.{name}: must be of {sorted(known)}, got {sorted(unknown)}")
+        _require_known(study, f"cells.{i}", block.repair, block.arm)
         if any(block.rate) and "none" in block.noise:
             raise InputError(f"cells.{i}.noise: none goes with rate 0 only, got rates {list(block.rate)}")
     for cell in grid:
@@ -336,9 +344,13 @@ def _check_cells(study: PolicyStudy) -> None:
                 f"cells: {cell.place} has no {PLAIN} arm with the same labels, repair and kl_coef to be compared with; "
                 "add one"
             )
+    if study.recommended is not None:
+        _require_known(study, "recommended", (study.recommended.repair,), (study.recommended.arm,))
     if study.main is not None and study.main not in {c.way for c in grid}:
         raise InputError(f"recommended: no cell has repair, arm and kl_coef = {study.main}; add some")
     for i, asked in enumerate(study.compare):
+        for name, settled in (("of", asked.of), ("less", asked.less)):
+            _require_known(study, f"compare.{i}.{name}", (settled.repair,), (settled.arm,))
         of, less = study.way(asked.of), study.way(asked.less)
         if of == less:
             raise InputError(f"compare.{i}: of and less are the same, repair, arm and kl_coef = {of}; name two")
