@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 Folders = Callable[[str], str]
+Life = Callable[..., int]
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +24,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def life() -> Iterator[Life]:
+    """life(function, *arguments): run a test module's function in a process of its own; returns its exit status."""
+    server = Path(__file__).with_name("lives.py")
+    process = subprocess.Popen([sys.executable, server], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    wish, answer = process.stdin, process.stdout
+
+    def live(function: Callable[..., None], *arguments: Any) -> int:
+        pickle.dump((function.__module__, function.__name__, arguments), wish)
+        wish.flush()
+        status: int = pickle.load(answer)
+        return status
+
+    yield live
+    wish.close()
+    assert process.wait(10) == 0
+    answer.close()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are empty, for tests that write several and look at none: drawing takes seconds a page."""
+    from markupsafe import Markup
+
+    monkeypatch.setattr("steelyard.report.plots._svg", lambda name, figure: Markup('<svg class="plot"></svg>'))
 
 
 @pytest.fixture(scope="session")

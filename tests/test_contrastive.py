@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 import tiny
-from conftest import Folders
+from conftest import Folders, Life
 from steelyard.data.collate import collate
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
@@ -535,35 +534,28 @@ def test_the_term_changes_the_model_and_the_control_does_not_see_its_settings(
     assert weights(method="simcse", beta=1.0) != control
 
 
-KILL = """
-import os, signal, sys
-import torch
-from pathlib import Path
-from steelyard.train.reward import RewardConfig, train_reward
-torch.set_num_threads(1)
-steps, step = 0, torch.optim.AdamW.step
-def counted(self, *args):
-    global steps
-    steps += 1
-    if steps == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args)
-torch.optim.AdamW.step = counted
-train_reward(RewardConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), resume=True, quiet=True)
-"""
+def train_until(config: RewardConfig, out: Path, steps: int) -> None:
+    """A job: train, and be killed at the optimiser's step number `steps`."""
+    original, count = torch.optim.AdamW.step, iter(range(1, 1000))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    torch.optim.AdamW.step = counted  # type: ignore[method-assign]
+    train_reward(config, out, resume=True, quiet=True)
 
 
 def test_a_killed_run_continues_to_the_same_bytes(
-    language_model: Folders, planted: dict[str, str], tmp_path: Path
+    language_model: Folders, planted: dict[str, str], life: Life, one_thread: None, tmp_path: Path
 ) -> None:
     config = training(planted, language_model("llama"), method="swav", features="differences")
     config = config.model_copy(update={"max_tokens": 128, "optim": OptimConfig(lr=3e-3, weight_decay=0.1)})
     train_reward(config, tmp_path / "whole", quiet=True)
     killed = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Killed in its fifth step, after the checkpoint of the third.
-    command = [sys.executable, "-c", KILL, config.model_dump_json(), str(killed), "5"]
-    assert subprocess.run(command, check=False, env=environment, capture_output=True).returncode == -9
+    assert life(train_until, config, killed, 5) == -signal.SIGKILL
     assert [f.name for f in (killed / "checkpoints").glob("step-*")] == ["step-00000003"]
     train_reward(config, killed, resume=True, quiet=True)
     for name in ("model/model.safetensors", "metrics.jsonl", "result.json"):

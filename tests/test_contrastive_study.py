@@ -140,6 +140,7 @@ class TestFindings:
 
 
 class TestResume:
+    @pytest.mark.usefixtures("no_figures")
     def test_goes_on_where_it_stopped(
         self, tmp_path: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -169,6 +170,7 @@ class TestResume:
         assert rest["seconds"] > times[-1]["seconds"] > 0
         assert rest["note"] == ""
 
+    @pytest.mark.usefixtures("no_figures")
     def test_gets_another_seed_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"plain": {}, "control": ARMS["control"]}, "seeds": [3]})
         run_contrastive(study, tmp_path)
@@ -183,6 +185,7 @@ class TestResume:
             pictures.append(json.loads((tmp_path / "examine" / "features.json").read_text())["models"])
         assert pictures[0] != pictures[1] == pictures[2]
 
+    @pytest.mark.usefixtures("no_figures")
     def test_gets_another_arm_and_trains_only_that(self, tmp_path: Path) -> None:
         study = ContrastiveStudy(**TINY | {"arms": {"control": ARMS["control"]}, "seeds": [3]})
         run_contrastive(study, tmp_path)

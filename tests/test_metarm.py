@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from conftest import Folders
+from conftest import Folders, Life
 from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.data.encode import Encoder, OnOverlong
 from steelyard.errors import InputError
@@ -613,9 +613,8 @@ def test_it_learns_the_planted_rule(
     assert continued["differences"]["before"] == result["differences"]["after"]  # where the last ended
 
 
-def _train_until(config: MetaRMConfig, out: Path, steps: int) -> None:
+def train_until(config: MetaRMConfig, out: Path, steps: int) -> None:
     """Train in this process, and be killed at the optimiser's step number `steps` of this life."""
-    torch.set_num_threads(1)
     original, count = torch.optim.AdamW.step, iter(range(1, 1000))
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -629,17 +628,13 @@ def _train_until(config: MetaRMConfig, out: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("direction", ["gradient", "random"])
 def test_killed_and_continued_it_leaves_the_same_bytes(
-    direction: str, language_model: Folders, weighed: str, meta_file: str, tmp_path: Path
+    direction: str, language_model: Folders, weighed: str, meta_file: str, life: Life, tmp_path: Path
 ) -> None:
     config = settings(weighed, language_model("llama"), meta_file, epochs=2, direction=direction)  # 10 steps
     train_metarm(config, tmp_path / "whole", quiet=True)
     # One life ends after a checkpoint and a line of metrics, the other (gradient only) before its first checkpoint.
     for steps in (2, 6) if direction == "gradient" else (5,):
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_train_until, args=(config, tmp_path / "killed", steps))
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
+        assert life(train_until, config, tmp_path / "killed", steps) == -signal.SIGKILL
     assert list((tmp_path / "killed" / "checkpoints").glob("step-*"))
     train_metarm(config, tmp_path / "killed", resume=True, quiet=True)
     expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")

@@ -151,6 +151,7 @@ class TestFindings:
         assert again == found
         assert places(done, "plain", 3)[1].stat().st_mtime_ns == before
 
+    @pytest.mark.usefixtures("no_figures")
     def test_a_given_policy_needs_no_ppo(self, tmp_path: Path, done: Path, found: dict[str, Any]) -> None:
         study = {k: v for k, v in TINY.items() if k != "ppo"}
         study |= {"policy": str(done / "ppo" / "shifted" / "model"), "seeds": [3], "etas": [0.5]}

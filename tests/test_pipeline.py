@@ -165,6 +165,7 @@ def test_every_stage_leaves_what_the_report_shows(whole: tuple[Path, int]) -> No
     assert [len(held) for held in answers.values()] == [4] * 4
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
     whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +204,7 @@ def test_resumed_after_its_end_a_run_repeats_its_summary_and_computes_nothing(
     assert results(run) == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_interrupted_again_and_again_a_run_leaves_the_same_files(
     whole: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +243,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_recipe_on_the_users_files(
     files: dict[str, str], language_model: Folders, tmp_path: Path, one_thread: None
 ) -> None:

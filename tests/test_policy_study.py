@@ -388,6 +388,7 @@ class TestGrid:
         assert not (tmp_path / "out" / "seeds").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_reward_model_may_be_trained_otherwise(tmp_path: Path, one_thread: None) -> None:
     cells = [{"noise": "systematic", "rate": 0.2, "repair": ["none", "SimCSE"], "arm": "plain"}]
     made = study(cells=cells, recommended=None, seeds=[0])
@@ -535,6 +536,7 @@ class TestReport:
 
 
 class TestResume:
+    @pytest.mark.usefixtures("no_figures")
     def test_grows_by_seeds_cells_and_arms_and_trains_nothing_twice(self, done: Path) -> None:
         before = {p: p.stat().st_mtime_ns for p in done.glob("seeds/*/**/result.json")}
         more = {

@@ -439,6 +439,7 @@ def test_a_single_audit_folder_is_enough(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", ["repair_from: in-sample\n", "repair_from: [\n"])
+@pytest.mark.usefixtures("no_figures")
 def test_the_scoring_that_repaired_comes_first(whole: Path, tmp_path: Path, settings: str) -> None:
     """What the summary says of strength is what the repairs went by; settings that cannot be read say nothing."""
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -455,6 +456,7 @@ def test_the_scoring_that_repaired_comes_first(whole: Path, tmp_path: Path, sett
         ("repair: [", "oracle flip"),
     ],
 )
+@pytest.mark.usefixtures("no_figures")
 def test_the_best_arm_needs_no_truth_whatever_its_name(whole: Path, tmp_path: Path, settings: str, best: str) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "recipe.yaml").write_text(settings)

@@ -69,6 +69,7 @@ def test_the_recipe_has_no_contradiction() -> None:
     assert kinds == {"metarm", "plain", "fixed"}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_seed_with_a_failed_run_is_left_out_by_name(
     tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ class TestStudy:
             run_rounds_study(RoundsStudy(**TINY | own), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.usefixtures("no_figures")
     def test_judges_may_be_asked_later_which_rounds_they_would_keep(self, done: Path) -> None:
         out, plain = done, (done / "study.json").read_bytes()
         before = json.loads(plain)

@@ -346,6 +346,7 @@ def scores(run: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resumed_after_its_end_nothing_is_trained_and_the_numbers_stay(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,6 +363,8 @@ def test_resumed_after_its_end_nothing_is_trained_and_the_numbers_stay(
     assert "holds a study with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 def test_interrupted_and_grown_a_study_comes_to_the_same_scores(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +418,7 @@ def mine(tmp_path: Path, language_model: Folders) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_study_of_ones_own_files_with_few_prompts_and_a_strength_measured_before(
     mine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
