@@ -278,6 +278,15 @@ def test_rm_bench_without_a_domain_has_no_overall() -> None:
     assert found["code"]["score"][0] == 1
     assert result["matrix"] is None
     assert any("poetry" in note for note in result["notes"])
+    assert "not the published benchmark: chat 1 of 129, code 1 of 228, safety 3 of 441" in result["notes"][0]
+
+
+def test_half_of_rm_benchs_safety_is_no_safety() -> None:
+    items, rewards = whole_rm_bench()
+    found = parts(rm_bench(items[:4], rewards[:4]))
+    assert found["safety"]["missing"] == found["overall"]["missing"] == ["safety-response"]
+    assert found["safety"]["score"] is found["overall"]["score"] is None
+    assert found["code"]["score"][0] == 1
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

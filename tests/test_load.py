@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steelyard.data.load import _unique, load_demonstrations, load_preferences, load_prompts
-from steelyard.data.split import prompt_key, split_by_prompt
+from steelyard.data.split import prompt_key, ranks, split_by_prompt
 from steelyard.errors import InputError
 from steelyard.types import Message, Preference
 
@@ -418,3 +421,8 @@ def test_split_refuses_an_empty_side() -> None:
         split_by_prompt(pairs(1), validation_share=1e-9, seed=0)
     with pytest.raises(InputError, match="leaves the training side empty"):
         split_by_prompt(pairs(1), validation_share=1 - 1e-9, seed=0)
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=4)))
+def test_ranks_are_the_places_among_the_distinct_texts_in_order(keys: list[str]) -> None:
+    assert ranks(keys).tolist() == np.unique(np.array(keys, dtype=str), return_inverse=True)[1].tolist()

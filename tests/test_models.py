@@ -25,6 +25,7 @@ from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel, is_reward_model
 from steelyard.models.trunk import run_trunk
 from steelyard.sampling import SamplingConfig, sample
+from steelyard.train.pairwise import freeze_below
 
 
 def draw_trees(*, n: int = 5, k: int = 2, seed: int = 0) -> list[Tree]:
@@ -346,6 +347,15 @@ class TestRefusals:
             run_trunk(model.hf.base_model, collate([Tree((5,) * 8, ((6,) * 8, (7,) * 9))], 0))
         with pytest.raises(InputError, match="up to 17 tokens, but the model knows 16 places"):
             sample(model, [(5,) * 8], ["a"], k=2, config=SamplingConfig(max_new_tokens=9), end_id=3, pad_id=0, seed=0)
+
+    def test_layers_that_cannot_be_frozen_by_number(self) -> None:
+        from transformers import GPT2Config
+
+        config = GPT2Config(vocab_size=len(tiny.VOCABULARY), n_embd=32, n_layer=2, n_head=4, n_positions=16)
+        model = RewardModel(tiny.build_model(config, head=True))
+        freeze_below(model, None)
+        with pytest.raises(InputError, match="trainable_layers: GPT2Model has no list of layers named `layers`"):
+            freeze_below(model, 1)
 
     def test_scaled_logits(self) -> None:
         from transformers import GraniteConfig

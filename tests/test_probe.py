@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from conftest import Folders
+from steelyard import probe
 from steelyard.data.encode import Encoder
 from steelyard.models.reward import RewardModel
 from steelyard.probe import STRENGTHS, Probes, bootstrap_rows, features, layer_choice
@@ -45,6 +50,36 @@ def test_features_are_those_of_separate_sequences(family: str, reward_model: Fol
             np.testing.assert_allclose(found[n, k], torch.cat(parts).numpy(), rtol=1e-4, atol=1e-5)
     again = features(model, [], [1], path, pad_id=0, max_tokens=16, quiet=True)
     np.testing.assert_array_equal(again, found)
+
+
+def test_two_runs_at_once_share_one_pass(
+    reward_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoder = RewardModel.load(reward_model("llama")), Encoder.load(reward_model("llama"))
+    trees = [encoder.tree(f"w{i}", ["good", "bad"]) for i in range(8)]
+    alone = features(model, trees, [2], tmp_path / "alone.npy", pad_id=encoder.pad_id, max_tokens=8, quiet=True)
+    calls, begun, honest = 0, threading.Event(), probe.run_trunk
+
+    def slow(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        begun.set()
+        time.sleep(0.02)  # long enough for the other to come in the middle
+        return honest(*args, **options)
+
+    monkeypatch.setattr(probe, "run_trunk", slow)
+
+    def measured() -> np.ndarray:
+        path = tmp_path / "both.npy"
+        return np.array(features(model, trees, [2], path, pad_id=encoder.pad_id, max_tokens=8, quiet=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(measured)
+        begun.wait()
+        for found in (pool.submit(measured).result(), first.result()):
+            np.testing.assert_array_equal(found, alone)
+    assert calls == len(trees)  # one row of eight tokens at a time, read once
+    assert [p.name for p in tmp_path.glob(".*.tmp")] == []
 
 
 def make(n: int = 300, f: int = 6, flips: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

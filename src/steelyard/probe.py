@@ -21,6 +21,8 @@ from sklearn.linear_model import LogisticRegression
 from steelyard.data.collate import TreeBatch, collate
 from steelyard.data.distinct import batches, distinct
 from steelyard.data.encode import Tree
+from steelyard.data.split import ranks
+from steelyard.models.cache import lock
 from steelyard.models.reward import RewardModel
 from steelyard.models.trunk import run_trunk
 from steelyard.progress import Progress
@@ -45,12 +47,26 @@ def features(
     max_tokens: int,
     quiet: bool = False,
 ) -> Float[np.ndarray, "N 2 F"]:
-    """Features of chosen and rejected, written to `path` as they are computed and read back as a memory map."""
-    if path.exists():
-        return np.load(path, mmap_mode="r")
+    """Features of chosen and rejected, written to `path` as they are computed and read back as a memory map.
+
+    Of several processes that want the same file one computes it, and the others wait: it lies beside their run folders,
+    whose locks do not cover it.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_name(f".{path.stem}.lock"), wait=True):
+            if not path.exists():
+                _compute(model, trees, layers, path, pad_id=pad_id, max_tokens=max_tokens, quiet=quiet)
+    return np.load(path, mmap_mode="r")
+
+
+def _compute(
+    model: RewardModel, trees: Sequence[Tree], layers: Sequence[int], path: Path, *, pad_id: int, max_tokens: int,
+    quiet: bool,
+) -> None:  # fmt: skip
     width = model.head.weight.shape[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    # A name of its own, too: on file systems without locks two may still compute at once.
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.tmp")
     shape = (len(trees), 2, 2 * len(layers) * width)
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
     depth = model.hf.config.get_text_config().num_hidden_layers
@@ -72,7 +88,6 @@ def features(
             progress.update(step, tokens=batch.tokens)
     out.flush()
     os.replace(temporary, path)
-    return np.load(path, mmap_mode="r")
 
 
 def _pool(states_TD: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
@@ -100,7 +115,7 @@ class Probes:
         self.alike = bool((self.weight_N2 == (1, 0)).all())
 
     def fit(self, rows: Sequence[int] | np.ndarray, C: float, seed: int) -> Float[np.ndarray, "F"]:
-        """Weights under which the observed labels are most likely, with an L2 penalty 1 / C per pair.
+        """Weights under which the observed labels are most likely, with an L2 penalty |w|^2 / (2 C) on the summed loss.
 
         A pair of weight 2 counts as two pairs, and one whose label is wrong by chance a as 1 - a of it and a of its
         reverse.
@@ -146,7 +161,7 @@ def bootstrap_rows(prompt_keys: Sequence[str], seed: int) -> np.ndarray:
 
     Of a single prompt pairs are drawn: all draws would be the same otherwise.
     """
-    place = np.unique(np.asarray(prompt_keys), return_inverse=True)[1]
+    place = ranks(prompt_keys)
     if not place.any():
         place = np.arange(len(place))
     n = int(place.max()) + 1

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from steelyard.errors import InputError
 from steelyard.types import Preference, Prompt
 
@@ -17,6 +19,15 @@ def prompt_key(prompt: Prompt) -> str:
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
     return "\0".join(f"{message.role}:{message.content}" for message in prompt)
+
+
+def ranks(keys: Sequence[str]) -> np.ndarray:
+    """(N,) each text's place among the distinct ones in order.
+
+    As `np.unique(..., return_inverse=True)`, which would first store all texts at the length of the longest.
+    """
+    rank = {key: i for i, key in enumerate(sorted(set(keys)))}
+    return np.array([rank[key] for key in keys], dtype=np.int64)
 
 
 def split_by_prompt(

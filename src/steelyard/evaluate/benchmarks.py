@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from steelyard.data.benchmarks import RM_BENCH_DOMAINS, RM_BENCH_STYLES, Item
+from steelyard.data.benchmarks import RM_BENCH_STYLES, Item
 from steelyard.data.encode import Encoder, OverlongError, Tree
 from steelyard.evaluate.reward import estimate, resampled_sums
 from steelyard.models.reward import RewardModel
@@ -64,6 +64,13 @@ PRIOR = "Prior Sets"
 PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 PRIOR_WEIGHT = 0.5
 REWARDBENCH2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
+# Domain -> (the kinds of rows it is made of, rows in the published files: for math by the paper's count).
+RM_BENCH: dict[str, tuple[tuple[str, ...], int]] = {
+    "chat": ((), 129),
+    "math": ((), 529),
+    "code": ((), 228),
+    "safety": (("safety-refuse", "safety-response"), 441),
+}
 _DRAWS = 1000
 
 
@@ -176,10 +183,13 @@ def rm_bench(items: Sequence[Item], rewards: Rewards) -> dict[str, Any]:
     """RM-Bench. A domain takes every row whose `domain` begins with its name, as the official code does."""
     parts, details, draws, levels = [], [], {}, {}
     matrices = []
-    for seed, domain in enumerate(RM_BENCH_DOMAINS):
+    for seed, (domain, (kinds, published)) in enumerate(RM_BENCH.items()):
         rows = [i for i, item in enumerate(items) if item.subset.startswith(domain)]
         scored = [i for i in rows if rewards[i] is not None]
         missing = _lost(domain, len(rows) - len(scored)) if rows else [domain]
+        held = {items[i].subset for i in rows}
+        if held & set(kinds):
+            missing += [kind for kind in kinds if kind not in held]
         drawn: Draws | None = None
         if scored:
             wins_N33 = np.stack([style_wins(np.asarray(rewards[i])) for i in scored])
@@ -195,16 +205,17 @@ def rm_bench(items: Sequence[Item], rewards: Rewards) -> dict[str, Any]:
             drawn = np.mean(list(levels[domain].values()), axis=0)
             matrices.append(matrix_D33[0])
             details += [_score(f"{domain}: {n}", domain, d, len(scored)) for n, d in levels[domain].items()]
-        parts.append(_score(domain, "", drawn, len(scored), missing))
+        parts.append(_score(domain, "", drawn, len(scored), missing) | {"published": published})
         draws[domain] = (drawn, missing)
-    weights = dict.fromkeys(RM_BENCH_DOMAINS, 1.0)
+    notes = _counts(parts)
+    weights = dict.fromkeys(RM_BENCH, 1.0)
     for level in ("hard", "normal", "easy"):
-        by_domain = {d: (levels[d][level] if d in levels else None, draws[d][1]) for d in RM_BENCH_DOMAINS}
+        by_domain = {d: (levels[d][level] if d in levels else None, draws[d][1]) for d in RM_BENCH}
         parts.append(_overall(weights, by_domain) | {"name": level})
-    other = sorted({item.subset for item in items if not item.subset.startswith(RM_BENCH_DOMAINS)})
-    notes = [f"No domain of the benchmark, left out of every average: {', '.join(other)}."] if other else []
+    other = sorted({item.subset for item in items if not item.subset.startswith(tuple(RM_BENCH))})
+    notes += [f"No domain of the benchmark, left out of every average: {', '.join(other)}."] if other else []
     result = _result("RM-Bench", _overall(weights, draws), parts, details, notes + _equal(items, rewards))
-    complete = len(matrices) == len(RM_BENCH_DOMAINS)
+    complete = len(matrices) == len(RM_BENCH)
     return result | {"matrix": np.mean(matrices, axis=0).tolist() if complete else None}
 
 

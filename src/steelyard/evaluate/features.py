@@ -19,7 +19,7 @@ from steelyard.config import Config, Device
 from steelyard.data.collate import collate, pack
 from steelyard.data.encode import Encoder, OnOverlong, Tree
 from steelyard.data.load import OnInvalid, load_preferences
-from steelyard.data.split import prompt_key
+from steelyard.data.split import prompt_key, ranks
 from steelyard.errors import InputError
 from steelyard.evaluate.examination import training_length
 from steelyard.evaluate.reward import bootstrap_mean
@@ -178,7 +178,7 @@ def _probe(first: Cloud, second: Cloud, prompts: Sequence[str], folds: int, seed
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.model_selection import GroupKFold
 
-    groups = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    groups = ranks(prompts)
     n = int(groups.max()) + 1
     values = np.zeros(len(first))
     for train, test in GroupKFold(min(folds, n), shuffle=True, random_state=seed).split(first, groups=groups):

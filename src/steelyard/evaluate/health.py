@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
+from steelyard.data.split import ranks
 from steelyard.errors import InputError
 from steelyard.evaluate.reward import (
     BINS,
@@ -262,7 +263,7 @@ def scale(
     `stretch` = std / recorded std: 0 and 1 where the recorded scale holds on this file.
     """
     reward = np.concatenate([chosen_N, rejected_N])
-    place = np.unique([*prompts, *prompts], return_inverse=True)[1]
+    place = np.tile(ranks(prompts), 2)
     counts = np.bincount(place)
     means = np.bincount(place, reward) / counts
     within = np.bincount(place, (reward - means[place]) ** 2) / counts

@@ -263,7 +263,7 @@ class TrunkCache:
         if not self.missing(mine, max_tokens):
             return 0
         computed = 0
-        with _lock(self.folder / f"part-{part:x}.lock", wait=patient) as held:
+        with lock(self.folder / f"part-{part:x}.lock", wait=patient) as held:
             if held is False:
                 return 0
             mine = self.missing(mine, max_tokens)
@@ -375,7 +375,7 @@ def _evaluating(model: RewardModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool | None]:
+def lock(path: Path, *, wait: bool) -> Iterator[bool | None]:
     """Whether this process holds the lock inside; None where there are no locks (some cluster file systems)."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     held: bool | None = True

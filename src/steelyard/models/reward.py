@@ -50,6 +50,17 @@ class RewardModel(nn.Module):
         return self.hf.base_model
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The trunk's layers, lowest first. Raises InputError for a trunk that does not list them as `layers`."""
+        layers = getattr(self.trunk, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise InputError(
+                f"trainable_layers: {type(self.trunk).__name__} has no list of layers named `layers`, as Llama, Qwen "
+                "and GPT-NeoX style models have; leave it out, or start from one of these"
+            )
+        return layers
+
+    @property
     def head(self) -> nn.Linear:
         """The linear map from a feature to the reward."""
         return self.hf.score

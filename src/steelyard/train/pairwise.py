@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -72,7 +71,7 @@ def freeze_below(model: RewardModel, trainable_layers: int | None) -> None:
     """Leave only the top layers, the final norm and the head trainable. Raises InputError if there are fewer."""
     if trainable_layers is None:
         return
-    layers: Any = model.trunk.layers
+    layers = model.layers
     if trainable_layers > len(layers):
         raise InputError(f"trainable_layers must be at most the model's {len(layers)} layers, got {trainable_layers}")
     model.requires_grad_(False)

@@ -265,8 +265,7 @@ def open_cache(
     """
     if config.activation_cache is None or config.trainable_layers is None:
         return None
-    layers: Any = model.trunk.layers
-    cut = len(layers) - config.trainable_layers
+    cut = len(model.layers) - config.trainable_layers
     source = lower_layers(model, cut)
     cache = TrunkCache(config.activation_cache, model, source=source, cut=cut, states=config.activation_precision)
     missing = cache.missing(trees, config.max_tokens)
