@@ -48,7 +48,9 @@ TINY: dict[str, Any] = {
         "plain": {"recipe": "keep"}, "soft+margin": {"recipe": "soft+margin", "margin_in_flip": False},
         "drop": {"recipe": "drop", "q": 0.2}, "random flip": {"recipe": "random flip", "q": 0.3},
         "oracle flip": {"recipe": "oracle flip"},
+        "drop, shuffled": {"recipe": "drop", "q": 0.2, "shuffle": True},
     },
+    "against": {"drop": "drop, shuffled"},
     "bands": {"count": 3, "epochs": 2},
     "growth": {"fractions": [0.5, 1]},
     "bands_repair": {"flip": [1], "soft": [1, 3]},
@@ -193,7 +195,7 @@ def test_every_accuracy_follows_from_the_stored_scores(whole: Path) -> None:
 
     places = {
         "plain": "all", "soft+margin": "arm-soft+margin", "drop": "arm-drop", "random flip": "arm-random-flip-seed-{}",
-        "oracle flip": "arm-oracle-flip",
+        "oracle flip": "arm-oracle-flip", "drop, shuffled": "arm-drop-shuffled-seed-{}",
     }  # fmt: skip
     plain = {n: accuracy([run / f"models/all/9-steps/seed-{s}" for s in (0, 1)], n) for n in ("original", "relabelled")}
     for row in found["arms"]:
@@ -205,6 +207,13 @@ def test_every_accuracy_follows_from_the_stored_scores(whole: Path) -> None:
             if row["arm"] != "plain":
                 assert row["difference"]["seeds"] == pytest.approx(np.subtract(seeds, plain[row["set"]]))
                 assert row["difference"]["low"] <= row["difference"]["value"] <= row["difference"]["high"]
+    by_arm = {(r["arm"], r["set"]): np.array(r["seeds"]) for r in found["arms"]}
+    assert [(r["arm"], r["against"], r["set"]) for r in found["controls"]] == [
+        ("drop", "drop, shuffled", name) for name in ("original", "relabelled", "agreement")
+    ]
+    for row in found["controls"]:
+        assert row["seeds"] == pytest.approx(by_arm["drop", row["set"]] - by_arm["drop, shuffled", row["set"]])
+        assert row["low"] <= row["value"] <= row["high"]
     for row in found["bands"]:
         steps = found["compute"][[c["analysis"] for c in found["compute"]].index("bands")]["steps"]
         folders = [run / "models" / f"band-{row['band']:02d}" / f"{steps}-steps" / f"seed-{s}" for s in (0, 1)]
@@ -257,7 +266,7 @@ def test_all_models_of_an_analysis_take_the_same_steps_of_the_same_number_of_pai
     assert (found["growth"]["steps"], found["growth"]["passes_least"], found["growth"]["passes_most"]) == (9, 1, 1.8)
     # Bands of 24, 23, 23 pairs: 3 steps a pass.
     assert (found["bands"]["steps"], found["bands"]["models"]) == (6, 6)
-    assert found["arms"]["models"] == 10
+    assert found["arms"]["models"] == 12
     for result in (whole / "run" / "models").glob("*/*/*/result.json"):
         steps = int(result.parts[-3].removesuffix("-steps"))
         assert json.loads(result.read_text())["steps"] == steps
@@ -480,6 +489,8 @@ def test_a_strength_of_other_pairs_is_refused(
          "^repair: 'a b' and 'a-b' differ only in spaces, hyphens, slashes or commas"),
         ({"repair": {"plain": {"recipe": "keep"}, "r": {"recipe": "random flip"}, "r seed 0": {"recipe": "flip"}}},
          "^repair: 'r, seed 0' and 'r seed 0' differ only"),
+        ({"against": {"flip": "flp"}}, "^against.flip: must name `repair`"),
+        ({"against": {"flip": "flip"}}, "^against.flip: an arm cannot be its own control"),
         ({"bands": {"count": 4}, "bands_repair": {"soft": [5]}}, r"^bands_repair.soft: bands are 1 .* to 4, got \[5\]"),
         ({"bands_repair": {"flip": [], "soft": []}}, "^bands_repair: name bands"),
         ({"world": None, "data": {"preferences": __file__}}, "^data.validation: the study compares"),
@@ -556,7 +567,7 @@ def test_the_report_shows_every_analysis(whole: Path, tmp_path: Path) -> None:
         "Arms less plain training", "One band of strength alone", "Growing the training set",
         "Flipping the weakest bands", "Soft labels and margins within a band", "4 validation segments over steps",
         "Reward inflation", "Equal compute", "cf. Figs. 21, 22", "cf. Fig. 20", "cf. Fig. 4",
-        "with an interval that excludes 0",
+        "with an interval that excludes 0", "Arms less their own controls",
     ):  # fmt: skip
         assert words in page, words
     part = tmp_path / "run"

@@ -82,6 +82,14 @@ class ArmRow(Accuracy):
     reward_std: float | None = None
 
 
+class ControlRow(Difference):
+    """Accuracy of one arm less that of its own control, on one set."""
+
+    arm: str
+    against: str
+    set: str
+
+
 class OverSteps(Record):
     """Over training steps: the seeds' mean, least and greatest."""
 
@@ -143,3 +151,4 @@ class DataStudyFile(Record):
     inflation: list[InflationRow] = Field(default_factory=list)
     arms: list[ArmRow] = Field(default_factory=list)
     findings: list[str] = Field(default_factory=list)
+    controls: list[ControlRow] = Field(default_factory=list)

@@ -26,6 +26,7 @@ from steelyard.report.blocks import (
 from steelyard.report.data_study_records import (
     Accuracy,
     ArmRow,
+    ControlRow,
     DataStudyFile,
     InflationRow,
     Segments,
@@ -57,6 +58,8 @@ def arms_section(run: Run) -> Section | None:
         Figure("Arms less plain training", reading, dots, mirrors="Fig. 8"),
         _arms_table(study.arms, " ".join(study.findings)),
     ]
+    if study.controls:
+        blocks.append(_controls_table(study.controls))
     return Section("arms", "Repairs against plain training", _compute_words(study), blocks)
 
 
@@ -125,9 +128,8 @@ def _difference_panels(name: str, study: DataStudyFile, rows: Sequence[tuple[str
     return panels
 
 
-def _difference_cells(r: Accuracy) -> tuple[str | None, str | None, str | None]:
+def _difference_cells(d: Difference | None) -> tuple[str | None, str | None, str | None]:
     """The difference with its interval, each seed's, and what it says in a word."""
-    d = r.difference
     if d is None:
         return None, None, None
     verdict = "open"
@@ -145,8 +147,8 @@ def _arms_table(rows: Sequence[ArmRow], findings: str) -> Block:
         ("reward std", decimals(2)),
     )  # fmt: skip
     cells = [
-        (r.set, r.arm, r.models, interval(r.value, r.low, r.high), *_difference_cells(r), r.nll, r.ece, r.margin,
-         r.reward_std)
+        (r.set, r.arm, r.models, interval(r.value, r.low, r.high), *_difference_cells(r.difference), r.nll, r.ece,
+         r.margin, r.reward_std)
         for r in rows
     ]  # fmt: skip
     note = (
@@ -155,6 +157,18 @@ def _arms_table(rows: Sequence[ArmRow], findings: str) -> Block:
         "interval of the difference holds 0."
     )
     return table("Arms by validation set", columns, cells, note=f"{findings} {note}".strip())
+
+
+def _controls_table(rows: Sequence[ControlRow]) -> Block:
+    columns = (
+        ("set", None), ("arm", None), ("control", None), ("difference", str), ("by seed", str), ("verdict", None),
+    )  # fmt: skip
+    cells = [(r.set, r.arm, r.against, *_difference_cells(r)) for r in rows]
+    note = (
+        "Accuracy of each arm less that of its control, paired by seed and pair. A repair by shuffled strengths "
+        "changes as many labels, by the same amounts, but not those that the ensemble doubts."
+    )
+    return table("Arms less their own controls", columns, cells, note=note)
 
 
 def _bands(study: DataStudyFile) -> list[Block]:
@@ -250,7 +264,9 @@ def _treatment_table(title: str, rows: Iterable[TreatmentRow]) -> Block:
         ("band", count), ("treatment", None), ("set", None), ("accuracy", str), ("less untouched", str),
         ("by seed", str), ("verdict", None),
     )  # fmt: skip
-    cells = [(r.band, r.treatment, r.set, interval(r.value, r.low, r.high), *_difference_cells(r)) for r in rows]
+    cells = [
+        (r.band, r.treatment, r.set, interval(r.value, r.low, r.high), *_difference_cells(r.difference)) for r in rows
+    ]
     return table(title, columns, cells)
 
 

@@ -50,7 +50,7 @@ def run_data_study(study: DataStudy, out: Path, *, resume: bool = False, command
     Raises InputError, naming the field, for a study that cannot be run, before anything starts.
     """
     given, study = study, check(study)
-    with StudyFolder(out, given, resume=resume, command=command, free=(*FREE, "analyses")) as folder:
+    with StudyFolder(out, given, resume=resume, command=command, free=(*FREE, "analyses", "against")) as folder:
         files = folder.stage("data", lambda: prepare(study, out))
         model = folder.stage("SFT", lambda: sft(study, files, out))
         source = folder.stage("strength", lambda: _measure(study, files, model, out, resume))

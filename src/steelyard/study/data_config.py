@@ -84,6 +84,11 @@ class DataStudy(Recipe):
     repair: dict[str, Settings] = Field(
         default_factory=all_recipes, description="arm -> fields of `steelyard repair`; none given: every recipe"
     )
+    against: dict[str, str] = Field(
+        default_factory=dict,
+        description="repair arm -> another one that it is compared with beside plain: its control, such as the same "
+        "repair with `shuffle`",
+    )
     scorers: tuple[Scorer, ...] = Field(
         get_args(Scorer), description="arms beside the repairs: the strength's ensemble itself, and weight averages"
     )
@@ -188,6 +193,11 @@ def _check_arms(study: DataStudy) -> None:
         if name in SCORER_NAMES:
             raise InputError(f"repair.{name}: this name belongs to a scorer; choose another")
     recipe.distinct_names("repair", written)
+    for name, other in study.against.items():
+        if unknown := {name, other} - study.repair.keys():
+            raise InputError(f"against.{name}: must name `repair`, of {sorted(study.repair)}, got {sorted(unknown)}")
+        if name == other:
+            raise InputError(f"against.{name}: an arm cannot be its own control; name another")
 
 
 def _check_tokens(study: DataStudy) -> None:

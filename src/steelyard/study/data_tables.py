@@ -110,6 +110,7 @@ def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
     if study.wants("arms"):
         found["arms"] = _arms(study, plan, start, held)
         found["findings"] = findings(found["arms"])
+        found["controls"] = _controls(study, plan, held)
     return found
 
 
@@ -215,6 +216,16 @@ def _arms(study: DataStudy, plan: Plan, start: Input, held: HeldOut) -> list[Row
     return [r | {"models": cost[r["arm"]]} | _scale(rewards[r["arm"]], held, r["set"]) for r in rows]
 
 
+def _controls(study: DataStudy, plan: Plan, held: HeldOut) -> list[Row]:
+    """Each arm of `against` less its control, on every set."""
+    rows = []
+    for arm, control in study.against.items():
+        rewards = {a: read_rewards(plan.folders("arms", a), held) for a in (control, arm)}
+        compared = [r for r in compare(rewards, held, control) if r["arm"] == arm]
+        rows += [{"arm": arm, "against": control, "set": r["set"], **r["difference"]} for r in compared]
+    return rows
+
+
 def _scale(rewards_SN2: Float[np.ndarray, "S N 2"], held: HeldOut, name: str) -> Row:
     """Likelihood, calibration and scale, each the mean over seeds."""
     rows, signs = held.sets[name]
@@ -251,8 +262,7 @@ def findings(arms: Sequence[Row]) -> list[str]:
 
 
 def _named(row: Row) -> str:
-    d = row["difference"]
-    return f"{row['arm']} ({d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])"
+    return f"{row['arm']} ({_difference(row['difference'])})"
 
 
 # ---- over steps ------------------------------------------------------------------------------------------------
@@ -366,6 +376,19 @@ def summary_tables(found: Row) -> list[Row]:
                 "note": f"95 % intervals over {over(len(found['seeds']), f'held-out {units}')}; paired bootstrap.",
             }
         )
+    if controls := found.get("controls"):
+        sets = list(dict.fromkeys(r["set"] for r in controls))
+        pairs: dict[tuple[str, str], list[str]] = {}
+        for r in controls:
+            pairs.setdefault((r["arm"], r["against"]), []).append(_difference(r))
+        made.append(
+            {
+                "title": "Arms less their own controls",
+                "columns": ["arm", "control", *sets],
+                "rows": [[*names, *texts] for names, texts in pairs.items()],
+                "note": "Difference in accuracy on held-out pairs; 95 % intervals as above.",
+            }
+        )
     columns = ["analysis", "models", "steps each", "pairs a step", "passes, least", "passes, most", "seconds"]
     keys = ("analysis", "models", "steps", "pairs_per_step", "passes_least", "passes_most", "seconds")
     note = "Equal compute: within an analysis every model takes the same steps of the same number of pairs."
@@ -376,4 +399,8 @@ def summary_tables(found: Row) -> list[Row]:
 
 def _cells(row: Row) -> tuple[str, str]:
     d = row.get("difference")
-    return f"{row['value']:.3f}", "" if d is None else f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+    return f"{row['value']:.3f}", "" if d is None else _difference(d)
+
+
+def _difference(d: Row) -> str:
+    return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
