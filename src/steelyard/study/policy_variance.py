@@ -101,7 +101,7 @@ def correlations(study: PolicyStudy, grid: Sequence[Cell], runs: Runs, out: Path
     Scores: the raw correlation over responses to the same prompt. Errors: the same of what is left after a straight
     line on gold, fitted to the SFT model's answers. Contrastive rewards' analysis assumes 0 for the errors. A shared
     error of a prompt is what subtracting baselines removes, so the assumption fails just where the method helps.
-    Ensembles are left out: their score is not that of the baselines.
+    Ensembles are left out: the stored scores of the baselines are those of their first member.
     """
     rows: list[Row] = []
     for data in dict.fromkeys(c.data for c in grid):
