@@ -8,7 +8,23 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import signal
 import sys
+from typing import Any
+
+
+def die_at_step(number: int) -> None:
+    """From now on this process is killed, without warning, in its optimiser's step of that number."""
+    import torch
+
+    original, count = torch.optim.AdamW.step, iter(range(1, number + 1))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    torch.optim.AdamW.step = counted  # type: ignore[method-assign]
 
 
 def serve() -> None:

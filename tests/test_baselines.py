@@ -16,7 +16,14 @@ import torch
 import tiny
 from conftest import Folders
 from steelyard import baselines
-from steelyard.baselines import BaselineConfig, fingerprint, outlook, read_baselines, sample_baselines
+from steelyard.baselines import (
+    BaselineConfig,
+    fingerprint,
+    outlook,
+    read_baselines,
+    require_same_responses,
+    sample_baselines,
+)
 from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
@@ -142,6 +149,27 @@ def test_a_fingerprint_is_that_of_the_contents(folders: tuple[str, str], tmp_pat
     before = fingerprint(copy)
     (copy / "pytorch_model.bin").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert fingerprint(copy) != before
+
+
+def test_a_damaged_file_is_told_as_such(folders: tuple[str, str], planted: dict[str, str], tmp_path: Path) -> None:
+    path = sample_baselines(configure(planted, folders), tmp_path / "whole")
+    whole = pq.read_table(path)
+    damaged = {
+        "no whole baseline file": [
+            whole.drop_columns(["reward"]), whole.drop_columns(["key"]),
+            whole.replace_schema_metadata({"steelyard": '{"reward_model": "x"}'}), whole.replace_schema_metadata({}),
+        ],
+        "holds 2 of 3 responses to the prompt .*; rows were lost": [whole.slice(1), whole.slice(0, len(whole) - 1)],
+    }  # fmt: skip
+    for match, tables in damaged.items():
+        for number, table in enumerate(tables):
+            pq.write_table(table, tmp_path / f"{number}.parquet")
+            with pytest.raises(InputError, match=match):
+                read_baselines(tmp_path / f"{number}.parquet", k=None, policy=folders[0], reward_model=folders[1])
+    pq.write_table(whole.drop_columns(["response_tokens"]), tmp_path / "mute.parquet")
+    require_same_responses([path])
+    with pytest.raises(InputError, match=r"mute.parquet: is no whole baseline file"):
+        require_same_responses([path, tmp_path / "mute.parquet"])
 
 
 def test_another_precision_is_another_file(folders: tuple[str, str], planted: dict[str, str], tmp_path: Path) -> None:

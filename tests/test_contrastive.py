@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
+import lives
 import tiny
 from conftest import Folders, Life
 from steelyard.data.collate import collate
@@ -535,15 +535,8 @@ def test_the_term_changes_the_model_and_the_control_does_not_see_its_settings(
 
 
 def train_until(config: RewardConfig, out: Path, steps: int) -> None:
-    """A job: train, and be killed at the optimiser's step number `steps`."""
-    original, count = torch.optim.AdamW.step, iter(range(1, 1000))
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    torch.optim.AdamW.step = counted  # type: ignore[method-assign]
+    """A job: train, and be killed at the optimiser's step number `steps` of this life."""
+    lives.die_at_step(steps)
     train_reward(config, out, resume=True, quiet=True)
 
 

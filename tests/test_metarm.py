@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lives
 import tiny
 from conftest import Folders, Life
 from steelyard.baselines import BaselineConfig, sample_baselines
@@ -614,15 +614,8 @@ def test_it_learns_the_planted_rule(
 
 
 def train_until(config: MetaRMConfig, out: Path, steps: int) -> None:
-    """Train in this process, and be killed at the optimiser's step number `steps` of this life."""
-    original, count = torch.optim.AdamW.step, iter(range(1, 1000))
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    torch.optim.AdamW.step = counted  # type: ignore[method-assign]
+    """A job: train, and be killed at the optimiser's step number `steps` of this life."""
+    lives.die_at_step(steps)
     train_metarm(config, out, resume=True, quiet=True)
 
 

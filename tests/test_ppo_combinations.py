@@ -207,14 +207,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two reward models, one baseline file": (
         {"reward_model": ("a", "b"), "reward": "par", "baselines": "b"},
-        "baselines: 2 reward models need as many scored files, one each in the order of reward_model, got 1",
+        "baselines: must name one scored file for each reward model, in their order, got 1 for 2",
     ),
     "one reward model, two baseline files": (
-        {"reward": "par", "baselines": ("b", "c")}, "baselines: 1 reward model need as many scored files"
+        {"reward": "par", "baselines": ("b", "c")}, "baselines: must name one scored file .* got 2 for 1"
     ),
     "an end held back": ({"sampling": {"min_new_tokens": 2}}, "min_new_tokens: must be 0 in PPO, got 2"),
     "no reward model": ({"reward_model": ()}, "must name one or several different folders"),
-    "one reward model twice": ({"reward_model": ("a", "a")}, "must name one or several different folders"),
+    "one reward model twice": ({"reward_model": ("a", "./a/")}, "must name one or several different folders"),
 }  # fmt: skip
 
 
@@ -406,7 +406,7 @@ def test_an_ensembles_baselines_must_be_its_own_and_of_the_same_responses(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     base |= {"reward": "par", "reward_model": (base["reward_model"], second)}
-    with pytest.raises(InputError, match=r"scored by another model than .* in the order of reward_model"):
+    with pytest.raises(InputError, match=r"scored by another model than .*; in its place name the file that"):
         train_ppo(PPOConfig.model_validate(base | {"baselines": (twice, stored)}), tmp_path / "a", quiet=True)
     config = BaselineConfig(
         policy=language_model("llama"), reward_model=second, prompts=planted["prompts"], max_length=64, seed=1,

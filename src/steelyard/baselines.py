@@ -111,13 +111,13 @@ def baseline_key(prompt: Prompt, encoder: Encoder) -> str:
 
 
 def read_baselines(
-    path: str | Path, *, k: int | None, policy: str | Sequence[str], reward_model: str
+    path: str | Path, *, k: int | None, policy: str | Sequence[str] | None, reward_model: str
 ) -> dict[str, Float[np.ndarray, "K"]]:
     """Baseline rewards by `baseline_key`.
 
-    `policy`: the model, or one of the models, that the responses may come from. Raises InputError if the file is no
-    scored file of `sample_baselines`, was made with another policy or reward model (the rewards would not compare),
-    or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
+    `policy`: the model, or one of the models, that the responses may come from; None: not asked. Raises InputError if
+    the file is no whole scored file of `sample_baselines`, was made with another policy or reward model (the rewards
+    would not compare), or holds fewer than k responses a prompt. A k smaller than the stored one uses the first k.
     """
     if not Path(path).is_file():
         kind = "a folder, not a file: name one of its scores-*.parquet" if Path(path).exists() else "no such file"
@@ -129,14 +129,20 @@ def read_baselines(
     settings = _settings(table.schema)
     if "policy" in settings and "reward_model" not in settings:
         raise InputError(f"{path}: these responses have no scores; run `steelyard sample` with a reward model")
-    policies = [policy] if isinstance(policy, str) else list(policy)
-    for role, folders in (("policy", policies), ("reward_model", [reward_model])):
-        if settings.get(role) not in [fingerprint(folder) for folder in folders]:
+    if not {"policy", "k"} <= settings.keys() or not {"key", "reward"} <= set(table.column_names):
+        raise InputError(f"{path}: is no whole baseline file, as `steelyard sample` writes them; sample again")
+    if policy is not None:
+        policies = [policy] if isinstance(policy, str) else list(policy)
+        if settings["policy"] not in map(fingerprint, policies):
             raise InputError(
-                f"{path}: these baselines were {'sampled from' if role == 'policy' else 'scored by'} another model "
-                f"than {' or '.join(folders)}; run `steelyard sample` with this {role.replace('_', ' ')}"
-                + ("; several files are named in the order of reward_model" if role == "reward_model" else "")
+                f"{path}: these baselines were sampled from another model than {' or '.join(policies)}; run `steelyard "
+                "sample` with this policy"
             )
+    if settings["reward_model"] != fingerprint(reward_model):
+        raise InputError(
+            f"{path}: these baselines were scored by another model than {reward_model}; in its place name the file "
+            "that this one scored, or run `steelyard sample` with this reward model"
+        )
     stored = settings["k"]
     if k is not None and k > stored:
         raise InputError(f"{path}: holds {stored} responses per prompt, {k} are wanted; sample again with k = {k}")
@@ -145,6 +151,11 @@ def read_baselines(
         if not math.isfinite(reward):
             raise InputError(f"{path}: holds rewards that are not finite; score a new file with `steelyard sample`")
         rewards.setdefault(key, []).append(reward)
+    if short := [key for key, values in rewards.items() if len(values) != stored]:
+        raise InputError(
+            f"{path}: holds {len(rewards[short[0]])} of {stored} responses to the prompt {short[0]!r}; rows were lost: "
+            "sample again"
+        )
     return {key: np.array(values[: k or stored], dtype=np.float32) for key, values in rewards.items()}
 
 
@@ -153,13 +164,22 @@ def require_same_responses(paths: Sequence[str | Path]) -> None:
 
     Only then can an ensemble's scores of one response be aggregated.
     """
-    columns = ["key", "response_tokens"]
-    for path in paths[1:]:
-        if not pq.read_table(path, columns=columns).equals(pq.read_table(paths[0], columns=columns)):
+    first, *others = paths
+    said = _said(first) if others else None
+    for path in others:
+        if _said(path) != said:
             raise InputError(
-                f"{path}: holds other responses than {paths[0]}; run `steelyard sample` with each reward model and the "
+                f"{path}: holds other responses than {first}; run `steelyard sample` with each reward model and the "
                 "same policy, prompts, k, sampling and seed, in one folder: it samples once"
             )
+
+
+def _said(path: str | Path) -> pa.Table:
+    """Prompts and responses of a file."""
+    wanted = ["key", "response_tokens"]
+    if not set(wanted) <= set(pq.read_schema(path).names):
+        raise InputError(f"{path}: is no whole baseline file, as `steelyard sample` writes them; sample again")
+    return pq.read_table(path, columns=wanted)
 
 
 def drawn_otherwise(path: str | Path, sampling: SamplingConfig, precision: Precision) -> str:

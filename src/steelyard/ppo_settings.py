@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -137,7 +138,7 @@ class PPOConfig(Config):
 def check(config: PPOConfig) -> None:
     """Raise InputError for settings that would have no effect or no meaning."""
     folders, reward, advantage = config.reward_models, config.reward, config.advantage
-    if not folders or len(set(folders)) < len(folders):
+    if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise InputError(f"reward_model: must name one or several different folders, got {list(folders)}")
     if len(folders) > 1 and not config.normalise:
         raise InputError(
@@ -159,9 +160,9 @@ def check(config: PPOConfig) -> None:
         raise InputError(f"baselines: {reward} rewards need a scored baseline file; make one with `steelyard sample`")
     if reward != "plain" and len(config.baseline_files) != len(folders):
         raise InputError(
-            f"baselines: {len(folders)} reward model{'s' * (len(folders) > 1)} need as many scored files, one each in "
-            f"the order of reward_model, got {len(config.baseline_files)}; `steelyard sample` with each reward model "
-            "makes them and samples once"
+            "baselines: must name one scored file for each reward model, in their order, got "
+            f"{len(config.baseline_files)} for {len(folders)}; `steelyard sample` with each reward model makes them "
+            "and samples once"
         )
     if config.sampling.min_new_tokens:
         raise InputError(

@@ -24,7 +24,13 @@ from steelyard.data.read import read_rows
 from steelyard.errors import InputError
 from steelyard.types import Message, Prompt
 
-RM_BENCH_DOMAINS = ("chat", "math", "code", "safety")
+# Domain -> (the kinds of rows it is made of, rows in the published files: for math by the paper's count).
+RM_BENCH: dict[str, tuple[tuple[str, ...], int]] = {
+    "chat": ((), 129),
+    "math": ((), 529),
+    "code": ((), 228),
+    "safety": (("safety-refuse", "safety-response"), 441),
+}
 RM_BENCH_STYLES = 3
 
 
@@ -60,7 +66,7 @@ def read_rm_bench(paths: Sequence[str]) -> list[Item]:
     found: list[Item] = []
     for path in paths:
         stem = Path(path).name.lower()
-        named = next((stem.split(".")[0].split("_")[0] for d in RM_BENCH_DOMAINS if stem.startswith(d)), "")
+        named = next((stem.split(".")[0].split("_")[0] for d in RM_BENCH if stem.startswith(d)), "")
         found += _items(path, partial(_styles, named=named))
     return found
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from steelyard.data.benchmarks import RM_BENCH_STYLES, Item
+from steelyard.data.benchmarks import RM_BENCH, RM_BENCH_STYLES, Item
 from steelyard.data.encode import Encoder, OverlongError, Tree
 from steelyard.evaluate.reward import estimate, resampled_sums
 from steelyard.models.reward import RewardModel
@@ -64,13 +64,6 @@ PRIOR = "Prior Sets"
 PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 PRIOR_WEIGHT = 0.5
 REWARDBENCH2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
-# Domain -> (the kinds of rows it is made of, rows in the published files: for math by the paper's count).
-RM_BENCH: dict[str, tuple[tuple[str, ...], int]] = {
-    "chat": ((), 129),
-    "math": ((), 529),
-    "code": ((), 228),
-    "safety": (("safety-refuse", "safety-response"), 441),
-}
 _DRAWS = 1000
 
 

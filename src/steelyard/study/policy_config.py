@@ -68,7 +68,7 @@ class Cell:
     def place(self) -> str:
         """Its folder below a seed's `runs`."""
         weight = "offline" if self.kl_coef is None else f"kl-{self.kl_coef:g}"
-        return "/".join((self.world, self.repair, self.arm, weight)).replace(" %", "")
+        return "/".join((self.world.replace(" %", ""), self.repair, self.arm, weight))
 
 
 class CellBlock(Config):

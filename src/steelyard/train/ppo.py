@@ -375,7 +375,7 @@ def training_prompts(
         raise InputError(
             f"{config.prompts}: {len(fits)} of {len(prompts)} prompts leave room for "
             f"{config.sampling.max_new_tokens} new tokens within max_length = {config.max_length}; prompts_per_step "
-            f"= {config.prompts_per_step} needs more"
+            f"= {config.prompts_per_step} needs more: lower it, or add prompts"
             + (f"; limit = {config.limit} lets only the first prompts in" if len(rows) == config.limit else "")
         )
     if not quiet:
@@ -392,9 +392,10 @@ def _baselines(config: PPOConfig, prompts: Sequence[Prompt], models: Models) -> 
     # Responses of the reference, or of the policy as it starts: where it has moved before, both can be meant.
     policies = [p for p in (config.reference, config.policy) if p is not None]
     keys = [baseline_key(p, models.encoder) for p in prompts]
-    scores = []
+    scores: list[Tensor] = []
     for path, model in zip(files, config.reward_models, strict=True):
-        stored = read_baselines(path, k=config.k, policy=policies, reward_model=model)
+        # The policy's weights are digested once: all files must hold the first one's responses.
+        stored = read_baselines(path, k=config.k, policy=None if scores else policies, reward_model=model)
         if missing := sum(key not in stored for key in keys):
             raise InputError(f"{path}: no baselines for {missing} of {len(prompts)} prompts; sample them first")
         scores.append(torch.from_numpy(np.stack([stored[key] for key in keys])))
