@@ -408,6 +408,24 @@ def test_missing_files_and_a_missing_truth_are_refused_before_the_first_stage(
         check(Recipe.model_validate(mine | {"data": data, "repair": {"o": {"recipe": "oracle flip"}}}))
 
 
+def test_an_arm_that_changes_one_field_of_a_section_keeps_the_rest_of_the_shared_one() -> None:
+    ppo = {"sampling": {"max_new_tokens": 8}, "critic": {"lr": 3e-4, "warmup": 0}, "prompts_per_step": 4}
+    dpo = {"sampling": {"max_new_tokens": 9}, "optim": {"lr": 1e-5, "warmup": 0}}
+    arms = {
+        "hot": {"sampling": {"temperature": 0.7}, "critic": {"lr": 1e-3}},
+        "DPO": {"method": "dpo", "sampling": {"temperature": 0.7}, "optim": {"lr": 1e-3}},
+    }
+    recipe = Recipe.model_validate({"world": {}, "sft": {}, "policy": {"ppo": ppo, "dpo": dpo, "arms": arms}})
+    assert recipe.policy is not None
+    paths: dict[str, Any] = {"model": "m", "prompts": "p", "reward_model": "r", "gold": None}
+    hot = ppo_config(recipe, recipe.policy, "hot", baselines="b", **paths)
+    assert (hot.sampling.max_new_tokens, hot.sampling.temperature) == (8, 0.7)
+    assert (hot.critic.lr, hot.critic.warmup, hot.critic.decay) == (1e-3, 0, False)
+    offline = dpo_config(recipe, recipe.policy, "DPO", RepairOptions(), data="d", validation={"v": "f"}, **paths)
+    assert (offline.sampling.max_new_tokens, offline.sampling.temperature) == (9, 0.7)
+    assert (offline.optim.lr, offline.optim.warmup) == (1e-3, 0)
+
+
 def test_shared_policy_settings_reach_only_the_arms_that_read_them() -> None:
     shared = {"k": 2, "scaling": "abs", "scale_warmup": 8, "critic": {"lr": 1e-3}, "steps": 7}
     shared |= {"baseline": "shrunk", "lsc_reference": "all", "group_std": False}

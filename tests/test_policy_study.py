@@ -22,7 +22,15 @@ from steelyard.report.policy_study_sections import policy_study_section
 from steelyard.report.read import Run
 from steelyard.simulate.world import gold
 from steelyard.study.policy import run_policy_study
-from steelyard.study.policy_config import Cell, PolicyStudy, check, control_of, evaluation_config, ppo_config
+from steelyard.study.policy_config import (
+    Cell,
+    PolicyStudy,
+    check,
+    control_of,
+    dpo_config,
+    evaluation_config,
+    ppo_config,
+)
 from steelyard.study.policy_curves import (
     at_kl,
     contrasted,
@@ -352,6 +360,10 @@ class TestGrid:
             ({"compare": [{"of": {"arm": "DPO"}, "less": {"arm": "DPO"}}]}, "compare.0: of and less are the same"),
             ({"world": {"seed": 3}}, "world: seed: use `world_seed`"),
             ({"seeds": [1, 1]}, "seeds: must differ"),
+            ({"ppo": TINY["ppo"] | {"kl_coef": "abc"}}, "ppo.kl_coef: must be a number of at least 0, got 'abc'"),
+            ({"ppo": TINY["ppo"] | {"kl_coef": None}}, "ppo.kl_coef: must be a number of at least 0, got None"),
+            ({"ppo": TINY["ppo"] | {"kl_coef": float("nan")}}, "ppo.kl_coef: must be a number of at least 0, got nan"),
+            ({"arms": TINY["arms"] | {"UWO": {"reward": "plain", "members": True}}}, "arms.UWO.members"),
             ({"at_kl": [0.0]}, "at_kl: must be above 0"),
             ({"evaluate": {"k": 1}}, "evaluate.k: must be at least 2"),
             ({"evaluate": {"sampling": {"temperature": 0.8}}}, "leave out temperature = 0.8"),
@@ -367,6 +379,28 @@ class TestGrid:
     def test_refusals(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message.replace(".", r"\.")):
             run_policy_study(study(**changes), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_arm_keeps_the_rest_of_a_shared_section_and_leaves_out_what_only_ensembles_read(self) -> None:
+        shared = {"aggregate": "worst", "sampling": {"max_new_tokens": 6}, "actor": {"lr": 1e-2, "warmup": 0}}
+        arms = {"it": {"reward": "plain", "sampling": {"top_p": 0.9}, "actor": {"lr": 1e-3}}}
+        arms["DPO"] = {"method": "dpo", "optim": {"lr": 1e-3}}
+        one = study(ppo=shared, arms=TINY["arms"] | arms, dpo={"optim": {"lr": 1.0, "warmup": 0}})
+        made = [
+            ppo_config(one, Cell(*NOISY, "it", 0.1), 0, policy="p", rewards=r, prompts="q", baselines=(), gold=None)
+            for r in (("a",), ("a", "b"))
+        ]
+        assert [config.aggregate for config in made] == ["mean", "worst"]
+        assert (made[0].sampling.max_new_tokens, made[0].sampling.top_p) == (6, 0.9)
+        assert (made[0].actor.lr, made[0].actor.warmup) == (1e-3, 0)
+        offline = dpo_config(one, Cell(*NOISY, "DPO", None), 0, data="d", model="m")
+        assert (offline.optim.lr, offline.optim.warmup) == (1e-3, 0)
+
+    def test_every_seed_is_checked_before_anything_starts(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert start(tmp_path, seeds=[0, -1]) == 2
+        assert "study.yaml: seeds.1: must be at least 0, got -1" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     def test_a_rate_out_of_reach_is_refused_before_anything_is_trained(self, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_a_section_given_in_part_keeps_the_default_of_its_owner() -> None:
             "--load: must be at least 0, got -2\n--wheel.spokes: must be",
         ),
         (["--load", "1", "--load", "2"], "--load: given twice"),
+        (["--names", "a", "Bo", "b", "Di", "a", "Ed"], "--names: a is named twice, and the first would be lost"),
     ],
 )
 def test_each_wrong_option_is_named_in_plain_words(args: list[str], said: str) -> None:
@@ -92,6 +93,9 @@ def test_each_wrong_option_is_named_in_plain_words(args: list[str], said: str) -
         ("3: 4", "settings must have names of text, got"),
         ("- 1", "cart.yaml: settings must be `field: value` lines, got a list"),
         ("load: [1", 'cart.yaml", line'),
+        ("owner: Bo", "owner stands twice in one section, and the first would be lost; keep one"),
+        ("wheel: {size: 2, spokes: 9, size: 3}", "size stands twice in one section"),
+        ("wheel:\n  size: 2\n  size: 3", 'cart.yaml", line 4'),
     ],
 )
 def test_each_wrong_line_of_the_file_is_named_with_the_file(text: str, said: str, tmp_path: Path) -> None:
@@ -113,6 +117,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must be a readable file"):
         read_yaml(tmp_path)
     assert read_yaml(tmp_path / "empty.yaml") == {}
+    (tmp_path / "anchors.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(tmp_path / "anchors.yaml")["b"] == {"x": 3, "y": 2}, "what is merged in may be overridden"
 
 
 def test_a_required_field_may_stand_in_the_file_or_on_the_command_line(

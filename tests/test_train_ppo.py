@@ -408,9 +408,12 @@ class TestRefusals:
     def test_too_few_prompts_and_an_unknown_gold_scorer(self, base: dict[str, Any], tmp_path: Path) -> None:
         base |= {"reward": "plain"}
         self.refuse(
-            "12 of 12 prompts leave room .* prompts_per_step = 13 needs more$", tmp_path, base, prompts_per_step=13
+            "12 of 12 .* prompts_per_step = 13 needs more: lower it, or add prompts$",
+            tmp_path,
+            base,
+            prompts_per_step=13,
         )
-        self.refuse("3 of 3 .* needs more; limit = 3 lets only the first prompts in", tmp_path, base, limit=3)
+        self.refuse("3 of 3 .* needs more: .*; limit = 3 lets only the first prompts in", tmp_path, base, limit=3)
         self.refuse("0 of 12 prompts leave room", tmp_path, base, max_length=8)
         self.refuse("a scorer is named `module:function`", tmp_path, base, gold="tiny")
         self.refuse("a scorer is named `module:function`", tmp_path, base, gold="tiny:nothing")

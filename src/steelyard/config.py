@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Seed = Annotated[int, Field(ge=0)]
+
 
 class Config(BaseModel):
     """Base of all configurations: immutable, unknown fields refused by name, defaults validated too."""

@@ -218,7 +218,7 @@ def ppo_config(
     elif scaling == "none":
         idle |= ppo_settings.SCALING - {"scaling"}
     shared = {name: value for name, value in shared.items() if name not in idle}
-    return build(PPOConfig, f"policy.arms.{arm}", _everywhere(recipe) | shared | own, **fixed)
+    return build(PPOConfig, f"policy.arms.{arm}", _everywhere(recipe) | merged(shared, own), **fixed)
 
 
 def dpo_config(
@@ -237,7 +237,8 @@ def dpo_config(
     """Settings of one DPO arm; `options` are those of the repair that wrote its `data`."""
     own = {name: value for name, value in policy.arms[arm].items() if name not in _OF_ARMS}
     seen: Settings = {"prompts": prompts, "reward_model": reward_model, "gold": gold, "validation": validation}
-    return _dpo(f"policy.arms.{arm}", _everywhere(recipe) | policy.dpo | own, options, seen, data=data, model=model)
+    settings = _everywhere(recipe) | merged(policy.dpo, own)
+    return _dpo(f"policy.arms.{arm}", settings, options, seen, data=data, model=model)
 
 
 def _dpo(where: str, settings: Settings, options: RepairOptions, seen: Settings, **fixed: Any) -> DPOConfig:

@@ -21,10 +21,24 @@ from steelyard.errors import InputError
 C = TypeVar("C", bound=Config)
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a name that stands twice in one section, where YAML's own loader silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"{key.value} stands twice in one section, and the first would be lost; keep one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError with file and line."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise InputError(f"{path}: no such settings file") from None
     except OSError as error:
@@ -63,6 +77,7 @@ def parse(
     holder = make_dataclass("Options", fields, kw_only=True)
     parsed: Any = tyro.cli(holder, args=args, prog=f"steelyard {verb}", description=about)
     options = option_names(args)
+    _require_names_once(config, args)
     chosen = [found for name in options if (found := _find(config, name))]
     values = copy.deepcopy(given)
     for dotted in chosen:
@@ -148,6 +163,19 @@ def option_names(args: Sequence[str]) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"--{name.replace('_', '-')}: given twice; give it once, with all its values behind it")
     return names
+
+
+def _require_names_once(config: type[Config], args: Sequence[str]) -> None:
+    """Raise InputError where `--validation NAME FILE ...` and its like give one name twice: the first would be lost."""
+    for name, info in config.model_fields.items():
+        option = f"--{name.replace('_', '-')}"
+        if info.annotation == dict[str, str] and option in args:
+            rest = list(args[args.index(option) + 1 :])
+            names = rest[: next((i for i, a in enumerate(rest) if a.startswith("--")), len(rest))][::2]
+            if twice := next((n for n in names if names.count(n) > 1), None):
+                raise InputError(
+                    f"{option}: {twice} is named twice, and the first would be lost; give each its own name"
+                )
 
 
 def _find(config: type[Config], name: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from steelyard.config import Config, Device
+from steelyard.config import Config, Device, Seed
 from steelyard.data.encode import Encoder
 from steelyard.data.split import prompt_key
 from steelyard.errors import InputError
@@ -22,7 +22,7 @@ class ArmsStudy(Config):
     """Where the models of a study come from, what they are compared on, and how many are trained at once."""
 
     name: str = Field("Study", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
     world_seed: int = Field(0, ge=0, description="of the small world, SFT and what else the arms share")
     world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
     data: DataConfig | None = Field(None, description="or your files, as in a recipe; `validation` is needed")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator
 
 from steelyard import recipe
-from steelyard.config import Config
+from steelyard.config import Config, Seed
 from steelyard.denoise import RECIPES, RepairOptions
 from steelyard.errors import InputError
 from steelyard.recipe import PolicyConfig, Recipe, Settings, build
@@ -76,7 +76,7 @@ class DataStudy(Recipe):
     """Secrets of RLHF II, sections 2.3 to 2.5, App. A and C, on one data set. Fields as in a recipe, and these."""
 
     name: str = Field("Study of preference data", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="one reward model an arm for each")
     analyses: tuple[Analysis, ...] = Field(get_args(Analysis), min_length=1, description="which analyses to run")
     strength_folder: str | None = Field(
         None, description="strength measured before: a folder with strength.parquet and result.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator
 
 from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, Device
+from steelyard.config import Config, Device, Seed
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
@@ -23,6 +24,7 @@ from steelyard.recipe import (
     Settings,
     build,
     folder_names,
+    merged,
     repair_arm,
     reward_config,
     sft_config,
@@ -114,7 +116,7 @@ class PolicyStudy(Config):
     """Over-optimisation of policies on the small world. Sections hold the fields of the matching commands."""
 
     name: str = Field("Over-optimisation", description="title of the report")
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0, 1, 2, 3, 4), min_length=1, description="of each: labels, SFT, reward models, baselines, policies"
     )
     world_seed: int = Field(0, ge=0, description="of prompts and of the texts to learn from; the same for all seeds")
@@ -171,7 +173,10 @@ class PolicyStudy(Config):
     @property
     def kl_coef(self) -> float:
         """The weight of the KL penalty where a cell names none."""
-        return float(self.ppo.get("kl_coef", PPOConfig.model_fields["kl_coef"].default))
+        weight = self.ppo.get("kl_coef", PPOConfig.model_fields["kl_coef"].default)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise InputError(f"ppo.kl_coef: must be a number of at least 0, got {weight!r}")
+        return float(weight)
 
     @property
     def main(self) -> Way | None:
@@ -242,6 +247,10 @@ def ppo_config(
     fixed: Settings = {"policy": policy, "prompts": prompts, "gold": gold, "kl_coef": cell.kl_coef}
     fixed["reward_model"] = rewards[0] if len(rewards) == 1 else rewards
     idle = ppo_settings.idle(setting("reward"), setting("advantage"))
+    if len(rewards) == 1:  # an ensemble's arm beside it may want them
+        idle |= {"aggregate", "uncertainty_weight"}
+    elif setting("aggregate") != "uncertainty-weighted":
+        idle |= {"uncertainty_weight"}
     if setting("reward") != "plain":
         own_files = baselines[: len(rewards)]
         fixed["baselines"] = own_files[0] if len(own_files) == 1 else own_files
@@ -251,13 +260,13 @@ def ppo_config(
     elif cell.kl_coef:
         fixed["scale_kl"] = True
     shared = {n: v for n, v in study.ppo.items() if n not in idle and n != "kl_coef"}
-    return build(PPOConfig, where, {"seed": seed, "device": study.device} | shared | own, **fixed)
+    return build(PPOConfig, where, {"seed": seed, "device": study.device} | merged(shared, own), **fixed)
 
 
 def dpo_config(study: PolicyStudy, cell: Cell, seed: int, *, data: str, model: str) -> DPOConfig:
     """Settings of one DPO run. It is looked at as PPO runs are, so it examines nothing itself."""
     own = {n: v for n, v in study.arms[cell.arm].items() if n not in OF_ARMS}
-    settings = {"seed": seed, "device": study.device, "eval_every": None} | study.dpo | own
+    settings = {"seed": seed, "device": study.device, "eval_every": None} | merged(study.dpo, own)
     if settings.get("use_margin", DPOConfig.model_fields["use_margin"].default) and "margin_in_flip" not in settings:
         settings["margin_in_flip"] = repair_of(study, cell.repair)[0].margin_in_flip
     return build(DPOConfig, f"arms.{cell.arm}", settings, data=data, model=model)
@@ -314,7 +323,7 @@ def _check_arms(study: PolicyStudy) -> None:
         if (method := settings.get("method", "ppo")) not in ("ppo", "dpo"):
             raise InputError(f"arms.{name}.method: must be ppo or dpo, got {method!r}")
         size = settings.get("members", 1)
-        if not isinstance(size, int) or size < 1 or (size > 1 and is_dpo(study, name)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or (size > 1 and is_dpo(study, name)):
             raise InputError(f"arms.{name}.members: must be a whole number from 1 on, and 1 with DPO, got {size!r}")
     for name, other in study.against.items():
         if unknown := {name, other} - study.repairs.keys():

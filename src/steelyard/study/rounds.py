@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from steelyard import iterate
-from steelyard.config import Config, Device
+from steelyard.config import Config, Device, Seed
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.iterate import RoundsConfig, run_rounds
@@ -39,7 +39,7 @@ class RoundsStudy(Config):
     """Rounds with several kinds of reward models on the small world. Sections hold the matching commands' fields."""
 
     name: str = Field("Rounds", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one first reward model and one run an arm")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="one first reward model and one run an arm")
     world_seed: int = Field(0, ge=0, description="of the world and SFT")
     world: Settings = Field(
         default_factory=dict, description="the built-in small world (fields of `steelyard simulate`)"

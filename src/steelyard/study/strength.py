@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from steelyard.config import Config, Device
+from steelyard.config import Config, Device, Seed
 from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences
@@ -44,7 +44,7 @@ class StrengthStudy(Config):
     """Quality of strength against its cost. Sections hold the fields of the matching commands."""
 
     name: str = Field("Strength: quality and cost", description="title of the report")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="repetitions of everything")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="repetitions of everything")
     world: Settings | None = Field(None, description="the built-in small world (fields of `steelyard simulate`)")
     data: DataConfig | None = Field(None, description="or your file: preferences, truth_column, limit, on_invalid")
     model: str = Field("scratch", description="model folder to start from, or `scratch` (small world)")
