@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from drawing import HERE, add_task_arguments, compared, prepared, record, shown_table, started, write
 from rounds import Worker, alternate
 from task import Task
+from task_options import HERE, add_task_arguments, compared, prepared, record, shown_table, started, write
 
 SLOW = "trl"
 VARIANTS = (SLOW, "steelyard", "steelyard-shared")

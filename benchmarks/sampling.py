@@ -11,8 +11,8 @@ import argparse
 import contextlib
 import sys
 
-from drawing import HERE, add_task_arguments, compared, prepared, record, shown_table, started, write
 from rounds import alternate
+from task_options import HERE, add_task_arguments, compared, prepared, record, shown_table, started, write
 
 SLOW, OURS = "generate", "steelyard"
 VARIANTS = (SLOW, "generate-sorted", "steelyard-transformers", OURS)

@@ -16,7 +16,7 @@ MATHS = {"losses", "strength", "denoise", "rewards", "variance", "running", "adv
 TOOLS = {"run_dir", "checkpoint", "parallel", "memory", "progress", "group"}
 ROOMS = {"models", "data", "sampling"}
 WORK = {"train", "evaluate", "baselines", "rollout", "probe", "measure", "members", "scorer", "iterate"}
-WORK |= {"ppo_settings", "actors", "watch"}
+WORK |= {"ppo_settings", "rounds_settings", "actors", "watch"}
 MAY_IMPORT = {
     "errors": set(), "config": set(), "types": set(),
     **dict.fromkeys(TOOLS, {"errors"} | TOOLS),

@@ -57,6 +57,18 @@ def test_flip_takes_the_weakest() -> None:
     assert swapped(run("flip", q=0.0)) == []
 
 
+def test_pairs_that_the_models_do_not_doubt_are_counted_where_rank_takes_them() -> None:
+    # In order: -3, -.25, .5, 2, 9. A share of .4 takes the doubted two; .8 takes two more.
+    for recipe, verb in (("flip", "flips"), ("flip+margin", "flips"), ("drop", "drops")):
+        assert denoise.undoubted(STRENGTHS, RepairOptions(recipe=recipe, q=0.4)) == ""
+        said = denoise.undoubted([*STRENGTHS, None], RepairOptions(recipe=recipe, q=0.8))
+        assert said.startswith(f"q = 0.8 {verb} 4 pairs, and with 2 of them the models rather agree with the label")
+        assert said.endswith("with q = 0.4 it would stop before those")
+    assert denoise.undoubted(STRENGTHS, RepairOptions(recipe="flip", q=0.8, shuffle=True)) == ""
+    assert denoise.undoubted(STRENGTHS, RepairOptions(recipe="random flip", q=0.8)) == ""
+    assert denoise.undoubted(STRENGTHS, RepairOptions(recipe="soft+margin")) == ""
+
+
 def test_margin_follows_the_strength() -> None:
     # Scale 1/2: 1, -1.5, 0.25, -0.125, 4.5, bounded to 2.
     assert [p.margin for p in run("margin", margin_scale=0.5)] == [1.0, -1.5, 0.25, -0.125, 2.0]

@@ -13,15 +13,15 @@ import torch
 from pydantic import ValidationError
 
 from conftest import Folders
-from steelyard import config, iterate
+from steelyard import config, rounds_settings
 from steelyard.errors import InputError
-from steelyard.iterate import Round, RoundsConfig
 from steelyard.models import load
 from steelyard.models.next_token import Nucleus
 from steelyard.models.policy import PolicyModel
 from steelyard.parallel import default_workers
 from steelyard.ppo_settings import PPOConfig, check
 from steelyard.recipe import PolicyConfig, Recipe, baseline_config, evaluation_config, ppo_config, strength_config
+from steelyard.rounds_settings import Round, RoundsConfig
 from steelyard.run_dir import RunDir
 from steelyard.settings import checked, parse
 from steelyard.stages import build_reward
@@ -117,9 +117,11 @@ class TestWhereItGoes:
         )
         now = Round(1, "p", "r")
         stages = [
-            iterate._ppo(config, now, baselines="b"), iterate._reward(config, 1, model="m", meta="x"),
-            iterate._baselines(config, now), iterate._meta_sample(config, 1, "p"),
-        ]  # fmt: skip
+            rounds_settings.ppo_config(config, now, baselines="b"),
+            rounds_settings.reward_config(config, 1, model="m", meta="x"),
+            rounds_settings.baselines_config(config, now),
+            rounds_settings.meta_config(config, 1, "p"),
+        ]
         assert [stage.device for stage in stages] == ["cuda", "cuda", "cuda", "cpu"]
 
     def test_studies_fill_it_in(self, one_gpu: None, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import torch
 from conftest import Folders, Life
 from steelyard.baselines import BaselineConfig, sample_baselines
 from steelyard.data.load import load_preferences
-from steelyard.iterate import RoundsConfig, run_rounds
+from steelyard.iterate import run_rounds
 from steelyard.measure import MemberConfig, StrengthConfig, measure
 from steelyard.models.lora import LoraConfig
+from steelyard.rounds_settings import RoundsConfig
 from steelyard.run_dir import RunDir
 from steelyard.sampling import SamplingConfig
 from steelyard.train.dpo import DPOConfig, train_dpo

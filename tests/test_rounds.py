@@ -22,9 +22,10 @@ from steelyard.data.encode import Encoder, Tree
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.evaluate.rounds import choose
-from steelyard.iterate import RoundsConfig, run_rounds
+from steelyard.iterate import run_rounds
 from steelyard.models.policy import PolicyModel
 from steelyard.models.reward import RewardModel
+from steelyard.rounds_settings import Round, RoundsConfig
 from steelyard.sampling import SamplingConfig, sample
 from steelyard.train.optim import OptimConfig
 from steelyard.train.ppo import PPOConfig, train_ppo
@@ -360,7 +361,7 @@ class TestChoice:
 
             monkeypatch.setattr(iterate, "train_metarm", stand_in)
             config = RoundsConfig(**settings | {"reward_from": how})
-            now = iterate.Round(1, settings["sft"], str(tmp_path / "renewed"))
+            now = Round(1, settings["sft"], str(tmp_path / "renewed"))
             with pytest.raises(FloatingPointError, match="far enough"):
                 iterate.advance(config, now, tmp_path / how, quiet=True)
         assert starts == {"first": [settings["reward_model"]], "previous": [str(tmp_path / "renewed")]}
@@ -575,6 +576,17 @@ class TestRefusals:
         with pytest.raises(InputError, match="prompts_per_step = 10000 needs more"):
             run_rounds(RoundsConfig(**settings | {"ppo": ppo}), tmp_path / "out")
         assert not (tmp_path / "out" / "round-01").exists()
+
+    @pytest.mark.parametrize("name", ["data", "meta_prompts"])
+    def test_files_of_later_stages_are_read_before_round_0(
+        self, name: str, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text('{"prompt": 3, "chosen": "w1", "rejected": "w2"}\n')
+        for path, said in ((tmp_path / "none.jsonl", "none.jsonl: no such file"), (bad, r"bad.jsonl(.|\n)*prompt")):
+            with pytest.raises(InputError, match=said):
+                run_rounds(RoundsConfig(**settings | {name: str(path)}), tmp_path / f"out-{path.stem}")
+            assert not list((tmp_path / f"out-{path.stem}").glob("round-*"))
 
     def test_one_prompt_cannot_be_halved(self, settings: dict[str, Any], tmp_path: Path) -> None:
         one = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "w1 w2"}] * 3)

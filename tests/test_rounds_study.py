@@ -13,9 +13,9 @@ import yaml
 from steelyard import iterate
 from steelyard.cli import main
 from steelyard.errors import InputError
-from steelyard.iterate import check_settings
 from steelyard.parallel import JobError
 from steelyard.ppo_settings import PPOConfig
+from steelyard.rounds_settings import check_settings
 from steelyard.stages import GOLD
 from steelyard.study.rounds import RoundsStudy, places, rounds_config, run_rounds_study
 

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import draw  # noqa: E402
 from plan import Pair, Plan, Settings, bucketed, micro_batches  # noqa: E402
 from reward_model import loss_differences, summary  # noqa: E402
 from rounds import Round, Worker, alternate, ratios, shown, spread, table  # noqa: E402
@@ -158,3 +160,16 @@ def test_the_plain_loop_and_ours_have_one_loss_curve(tmp_path: Path) -> None:
     assert losses[0][2] < losses[0][0]
     assert result["loss_difference"]["hf-bucketed"] < 1e-4
     assert result["summary"]["steelyard"]["tokens_per_pair"] == pytest.approx(result["tokens"]["shared"] / 24)
+
+
+def test_the_draw_alone_is_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--rows", "3", "--vocabulary", "300", "--steps", "2", "--rounds", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["draw.py", *options])
+    threads = torch.get_num_threads()
+    try:
+        draw.main()
+    finally:
+        torch.set_num_threads(threads)
+    cells = json.loads((tmp_path / "draw.json").read_text())["seconds_of_rounds"]
+    assert [(c["vocabulary"], c["top_p"]) for c in cells] == [(300, 1.0), (300, 0.9)]
+    assert all(len(c[name]) == 3 and min(c[name]) > 0 for c in cells for name in ("multinomial", "steelyard"))

@@ -16,9 +16,9 @@ from conftest import Folders
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from drawing import compared, shown_table  # noqa: E402
 from rounds import Round, Worker  # noqa: E402
 from task import Task  # noqa: E402
+from task_options import compared, shown_table  # noqa: E402
 
 WORKER = """
 import sys, time

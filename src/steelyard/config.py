@@ -7,9 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Seed = Annotated[int, Field(ge=0)]
+
+
+def _paths(value: Any) -> Any:
+    # Before the union is tried: its own error speaks of every branch, by the name of its type.
+    if isinstance(value, str) or (
+        isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+    ):
+        return value
+    raise ValueError(f"must be a path, or a list of paths, got {value!r}")
+
+
+Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 
 
 class Config(BaseModel):

@@ -187,6 +187,22 @@ def shuffled(strengths: Strengths, seed: int) -> list[Strength | None]:
     return dealt
 
 
+def undoubted(strengths: Strengths, options: RepairOptions) -> str:
+    """What to tell people where a flip or drop by rank takes pairs that the models do not doubt; else nothing."""
+    verb = {"flip": "flips", "drop": "drops"}.get(next(iter(RECIPES[options.recipe]), ""))
+    if verb is None or options.shuffle:
+        return ""
+    means = sorted(s.mean for s in strengths if s is not None)
+    taken = means[: _count(options.q, len(means))]
+    if not (agreed := sum(mean > 0 for mean in taken)):
+        return ""
+    share = math.floor(1000 * (len(taken) - agreed) / len(means)) / 1000
+    return (
+        f"q = {options.q:g} {verb} {len(taken)} pairs, and with {agreed} of them the models rather agree with the "
+        f"label (positive mean margin); with q = {share:g} it would stop before those"
+    )
+
+
 def flip(
     preferences: Preferences, strengths: Strengths, *, q: float | None = None, below: float | None = None
 ) -> Repaired:
@@ -323,8 +339,12 @@ def _weakest(preferences: Preferences, strengths: Strengths, q: float | None, be
         return {i for mean, i in means if mean < below}
     if q is None or not 0 <= q <= 1:
         raise InputError(f"q must lie in [0, 1], got {q}")
+    return {i for _, i in means[: _count(q, len(means))]}
+
+
+def _count(q: float, pairs: int) -> int:
     # 0.29 * 100 is 28.999...: a share that is a whole number of pairs must not lose one to rounding.
-    return {i for _, i in means[: math.floor(q * len(means) + 1e-9)]}
+    return math.floor(q * pairs + 1e-9)
 
 
 def _check(preferences: Preferences, strengths: Strengths) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, Device
+from steelyard.config import Config, Device, Paths
 from steelyard.errors import InputError
 from steelyard.models.lora import LoraConfig
 from steelyard.models.trunk import Precision
@@ -33,14 +33,14 @@ class PPOConfig(Config):
     reference: str | None = Field(
         None, description="reference of the KL where the policy starts elsewhere: the SFT model; none given: `policy`"
     )
-    reward_model: str | tuple[str, ...] = Field(
+    reward_model: Paths = Field(
         description="reward-model folder, or several (an ensemble); the critic starts from the first"
     )
     aggregate: Aggregate = Field("mean", description="how the rewards of several reward models become one")
     uncertainty_weight: float = Field(0.5, ge=0, description="weight of their variance in uncertainty-weighted")
     prompts: str = Field(description="prompts: JSONL, CSV or Parquet, or a preference file")
     reward: Transform = Field("contrastive", description="what the policy is paid for")
-    baselines: str | tuple[str, ...] | None = Field(
+    baselines: Paths | None = Field(
         None,
         description="scored baseline file of `steelyard sample`, with several reward models one scored by each, in "
         "their order; not for plain rewards",

@@ -13,7 +13,7 @@ from steelyard.config import Config
 from steelyard.data.encode import Encoder
 from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences, say_if_shared
-from steelyard.denoise import RepairOptions, repair
+from steelyard.denoise import RepairOptions, repair, undoubted
 from steelyard.errors import InputError
 from steelyard.evaluate.answers import FOLDER, read_folder, write_answers
 from steelyard.evaluate.examination import examine_sets, open_model, reward_file
@@ -240,6 +240,8 @@ def repair_all(
     for name, settings in recipe.repair.items():
         options, _ = repair_arm(f"repair.{name}", settings)
         repaired, changes = repair(preferences, strengths, options, wrong=wrong)
+        if note := undoubted(strengths, options):
+            print(f"  {name}: {note}")
         path = out / "repair" / f"{name.replace(' ', '-')}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_preferences(repaired, path, overwrite=True)

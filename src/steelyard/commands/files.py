@@ -46,8 +46,8 @@ def from_file(config: type[C], path: Path, args: Args, verb: str, about: str, ou
 def _takers(names: set[str]) -> list[str]:
     """The verbs whose files have all these fields."""
     from steelyard.commands.studies import STUDIES
-    from steelyard.iterate import RoundsConfig
     from steelyard.recipe import Recipe
+    from steelyard.rounds_settings import RoundsConfig
 
     kinds: dict[str, type[Config]] = {"run": Recipe, "iterate": RoundsConfig}
     kinds |= {f"study {name}": kind for name, (kind, _) in STUDIES.items()}

@@ -12,7 +12,7 @@ from steelyard.cli import VERBS
 from steelyard.commands.common import OUT, Args
 from steelyard.data.export import write_preferences
 from steelyard.data.load import OnInvalid, load_preferences
-from steelyard.denoise import RepairOptions, repair
+from steelyard.denoise import RepairOptions, repair, undoubted
 from steelyard.errors import InputError
 from steelyard.run_dir import write_text_atomic
 from steelyard.scorer import load_scorer
@@ -83,6 +83,8 @@ def repair_command(args: Args) -> None:
     counts = {a: sum(c.action == a for c in changes) for a in dict.fromkeys(c.action for c in changes)}
     said = ", ".join(f"{a} {n}" for a, n in counts.items()) or "nothing changed"
     print(f"{len(repaired)} of {len(loaded.preferences)} pairs written to {extra.out}: {said}\nevidence: {log}")
+    if note := undoubted(strengths, options):
+        print(note)
 
 
 def _new_beside(out: Path, suffix: str) -> Path:

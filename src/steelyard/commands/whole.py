@@ -10,10 +10,11 @@ from typing import Any
 from steelyard.cli import VERBS
 from steelyard.commands.common import Args, show
 from steelyard.commands.files import from_file, study
-from steelyard.iterate import RoundsConfig, rounds_table, run_rounds
+from steelyard.iterate import rounds_table, run_rounds
 from steelyard.pipeline import run_recipe
 from steelyard.recipe import Recipe
 from steelyard.report import build_report
+from steelyard.rounds_settings import RoundsConfig
 from steelyard.run_dir import write_json_atomic
 from steelyard.settings import command_line
 from steelyard.summary import describe_run

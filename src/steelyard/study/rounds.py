@@ -18,9 +18,10 @@ from steelyard import iterate
 from steelyard.config import Config, Device, Seed
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
-from steelyard.iterate import RoundsConfig, run_rounds
+from steelyard.iterate import run_rounds
 from steelyard.parallel import default_workers, run_jobs
 from steelyard.recipe import Recipe, Settings, build, check, merged, world_config
+from steelyard.rounds_settings import RoundsConfig, check_settings
 from steelyard.stages import GOLD, Files, prepare, sft
 from steelyard.study.arms import require_arms
 from steelyard.study.folder import FREE, Curve, StudyFolder, difference_table
@@ -103,7 +104,7 @@ def run_rounds_study(study: RoundsStudy, out: Path, *, resume: bool = False, com
         if study.judge_pairs is not None and study.judge_kl_prices:
             config = config.model_copy(update={"kl_price": max(study.judge_kl_prices)})
         try:
-            iterate.check_settings(config)
+            check_settings(config)
         except InputError as error:
             raise InputError(f"arms.{arm}: {error}") from None
     first_config(study, study.seeds[0], model="", files=None)

@@ -18,7 +18,8 @@ from steelyard.data.load import load_prompts
 from steelyard.data.split import prompt_key
 from steelyard.evaluate.rounds import FIRST, GOLD, JUDGE, Keep, choose, examine_round
 from steelyard.evaluate.seeds import compare_arms
-from steelyard.iterate import RoundsConfig, examination
+from steelyard.iterate import examination
+from steelyard.rounds_settings import RoundsConfig
 from steelyard.run_dir import write_json_atomic
 from steelyard.simulate.world import gold
 from steelyard.simulate.write import WorldConfig, make_tables
