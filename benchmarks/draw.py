@@ -9,6 +9,7 @@ round gives both programs the same ones.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -35,7 +36,6 @@ def main() -> None:
     add = parser.add_argument
     add("--rows", type=int, default=128, help="samples that take their next token at once")
     add("--vocabulary", type=int, nargs="+", default=list(SIZES), metavar="SIZE")
-    add("--spread", type=float, default=3.0, help="standard deviation of the logits, which are normal")
     add("--steps", type=int, default=20, help="draws of each program in a round")
     add("--rounds", type=int, default=5, help="how often each program has its turn")
     add("--threads", type=int, default=1)
@@ -43,16 +43,19 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [["vocabulary", "top_p", "multinomial, ms a draw", "steelyard", "multinomial over steelyard"]]
+    rows = [["vocabulary", "logits", "top_p", "multinomial, ms a draw", "steelyard", "multinomial over steelyard"]]
     cells = []
     for size in args.vocabulary:
         torch.manual_seed(args.seed)
-        logits_RV = args.spread * torch.randn(args.rows, size)
-        for top_p in TOP_P:
+        noise_RV = torch.randn(args.rows, size)
+        # A nucleus of tens, as a language model's mostly is, and one of hundreds or thousands.
+        shapes = {"peaked": 0.5 * noise_RV - 1.5 * torch.arange(1.0, size + 1).log(), "flat": 3 * noise_RV}
+        for (shape, logits_RV), top_p in itertools.product(shapes.items(), TOP_P):
             peer, own = _in_turn(logits_RV, top_p, args.steps, args.rounds)
-            cells.append({"vocabulary": size, "top_p": top_p, "multinomial": peer, "steelyard": own})
+            cell = {"vocabulary": size, "logits": shape, "top_p": top_p, "multinomial": peer, "steelyard": own}
+            cells.append(cell)
             milliseconds = [spread([1e3 * s / args.steps for s in seconds]) for seconds in (peer, own)]
-            rows.append([f"{size:,}", str(top_p), *map(shown, milliseconds), shown(ratios(peer, own))])
+            rows.append([f"{size:,}", shape, str(top_p), *map(shown, milliseconds), shown(ratios(peer, own))])
     print(
         f"{args.rows} rows, float32, {args.threads} thread(s); median (smallest - largest) of {args.rounds} round(s) "
         f"of {args.steps} draws\n{table(rows)}"

@@ -325,7 +325,7 @@ def reference_nucleus(row: np.ndarray, top_p: float) -> set[int]:
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "few"])
 def test_the_nucleus_is_that_of_a_full_sort(kind: str, top_p: float) -> None:
-    """Peaked: found among the largest; flat: a full sort is needed; equal: the lower id comes first."""
+    """Peaked: found among the largest; flat: in a bin further down; equal: the lower id comes first, by a full sort."""
     rng = np.random.default_rng(1)
     V = {"peaked": 2500, "flat": 2500, "equal": 2500, "few": 40}[kind]
     rows = np.exp(rng.normal(0, {"peaked": 5.0, "flat": 0.1, "equal": 1.0, "few": 2.0}[kind], (6, V)))
@@ -338,6 +338,32 @@ def test_the_nucleus_is_that_of_a_full_sort(kind: str, top_p: float) -> None:
         kept = set(np.nonzero(cut)[0].tolist())
         assert len(kept ^ reference_nucleus(row.astype(np.float64), top_p)) <= (0 if kind != "flat" else 1)
         assert (cut[sorted(kept)] == row[sorted(kept)]).all()
+
+
+def test_where_the_largest_do_not_reach_a_bin_is_sorted_instead_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of these weights are exact, so the nucleus is the reference's to the token; so are edges that meet a sum."""
+    rng = np.random.default_rng(2)
+    # 2,000 different weights of 13 bits: a nucleus of hundreds of tokens, and no ties.
+    rows = np.stack([rng.permutation(np.arange(1, 2001)) for _ in range(8)]).astype(np.float32) / 8192
+    sorted_sizes: list[int] = []
+    honest = torch.Tensor.sort
+    monkeypatch.setattr(
+        torch.Tensor, "sort", lambda self, **how: sorted_sizes.append(self.shape[-1]) or honest(self, **how)
+    )
+    for top_p in (0.25, 0.5, 0.75, 0.96875):
+        found = cut_nucleus(torch.from_numpy(rows), top_p).numpy()
+        for row, cut in zip(rows, found, strict=True):
+            assert set(np.nonzero(cut)[0].tolist()) == reference_nucleus(row.astype(np.float64), top_p)
+    assert 0 < max(sorted_sizes) < 300, "a bin holds an eighth of a power of 2"
+
+
+def test_rows_without_a_finite_sum_do_not_disturb_the_nucleus_of_others() -> None:
+    rows = torch.rand(3, 500, generator=torch.Generator().manual_seed(0))
+    alone = cut_nucleus(rows[1:2], 0.9)
+    rows[0, 7], rows[2, 8] = torch.tensor(float("nan")), -torch.tensor(float("nan"))
+    found = cut_nucleus(rows, 0.9)
+    assert torch.equal(found[1:2], alone)
+    assert invert(found, torch.full((3,), 0.5)).tolist()[::2] == [-1, -1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_p": 0.7, "repetition_penalty": 1.6}])

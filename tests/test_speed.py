@@ -171,5 +171,7 @@ def test_the_draw_alone_is_measured_in_turn(tmp_path: Path, monkeypatch: pytest.
     finally:
         torch.set_num_threads(threads)
     cells = json.loads((tmp_path / "draw.json").read_text())["seconds_of_rounds"]
-    assert [(c["vocabulary"], c["top_p"]) for c in cells] == [(300, 1.0), (300, 0.9)]
+    assert [(c["logits"], c["top_p"]) for c in cells] == [
+        ("peaked", 1.0), ("peaked", 0.9), ("flat", 1.0), ("flat", 0.9)
+    ]  # fmt: skip
     assert all(len(c[name]) == 3 and min(c[name]) > 0 for c in cells for name in ("multinomial", "steelyard"))

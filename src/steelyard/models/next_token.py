@@ -27,8 +27,9 @@ from torch import Tensor
 
 from steelyard.data.collate import TreeBatch
 
-# So many of the largest probabilities are looked at for a nucleus before all are sorted.
-_LARGEST = (64, 1024)
+# So many of the largest probabilities are looked at for a nucleus before all are.
+_LARGEST = 64
+_LOW_BITS = 20  # of a float32, which leaves the exponent and three bits of its fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +126,54 @@ def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor,
     bound_R1 = top_p * weights_RV.sum(-1, keepdim=True)
     least_R1 = weights_RV.new_zeros(R, 1)
     rest = torch.arange(R, device=weights_RV.device)
-    for n in _LARGEST:
-        if n >= V or not len(rest):
-            break
-        top = weights_RV[rest].topk(n).values
-        last = ((top.cumsum(-1) - top < bound_R1[rest]).sum(-1, keepdim=True) - 1).clamp(min=0)  # 0: not finite
-        value = top.gather(-1, last)
-        # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
-        found = (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]
-        least_R1[rest[found]] = value[found]
-        rest = rest[~found]
+    # On a GPU sums into bins come in no fixed order, and sorting is cheap.
+    ways = [_least_of_largest] + ([_least_by_bins] if weights_RV.device.type == "cpu" else [])
+    for way in ways if V > _LARGEST else []:
+        if len(rest):
+            value, found = way(weights_RV[rest], bound_R1[rest])
+            least_R1[rest[found]] = value[found]
+            rest = rest[~found]
     cut = weights_RV * (weights_RV >= least_R1)  # on a CPU filling in zeros takes several times as long
     if len(rest):
         ordered, index = weights_RV[rest].sort(dim=-1, descending=True, stable=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= bound_R1[rest], 0.0)
         cut[rest] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
     return cut
+
+
+def _least_of_largest(
+    weights_nV: Float[Tensor, "n V"], bound_n1: Float[Tensor, "n 1"]
+) -> tuple[Float[Tensor, "n 1"], Bool[Tensor, "n"]]:
+    """(the smallest weight of the nucleus, whether it is that and no other equals it), looking at the largest only."""
+    top = weights_nV.topk(_LARGEST).values
+    last = ((top.cumsum(-1) - top < bound_n1).sum(-1, keepdim=True) - 1).clamp(min=0)  # 0: not finite
+    value = top.gather(-1, last)
+    # Weights below the last one must have come into sight; else equal ones may be missing, or all may stay.
+    return value, (value > top[:, -1:])[:, 0] & (last + 1 == (top >= value).sum(-1, keepdim=True))[:, 0]
+
+
+def _least_by_bins(
+    weights_nV: Float[Tensor, "n V"], bound_n1: Float[Tensor, "n 1"]
+) -> tuple[Float[Tensor, "n 1"], Bool[Tensor, "n"]]:
+    """The same for a nucleus of any size: only the weights between two steps of an eighth of a power of 2 are sorted.
+
+    The upper bits of a positive float order as it does. The weight of each of their values is summed, from the top;
+    the nucleus ends inside the bin that reaches the bound.
+    """
+    n, bins = len(weights_nV), 1 << (31 - _LOW_BITS)
+    bin_nV = (weights_nV.contiguous().view(torch.int32) >> _LOW_BITS) & (bins - 1)  # a NaN may have a sign
+    falling_nB = weights_nV.new_zeros(n, bins).scatter_add_(1, bin_nV.long(), weights_nV).flip(-1)
+    upto_nB = falling_nB.cumsum(-1)
+    at_n1 = torch.searchsorted(upto_nB, bound_n1).clamp(max=bins - 1)
+    row_L, column_L = (bin_nV == bins - 1 - at_n1).nonzero(as_tuple=True)
+    counts_n = torch.bincount(row_L, minlength=n)
+    inside_nM = weights_nV.new_zeros(n, max(int(counts_n.max()), 1))
+    inside_nM[row_L, torch.arange(len(row_L)) - (counts_n.cumsum(0) - counts_n)[row_L]] = weights_nV[row_L, column_L]
+    inside_nM = inside_nM.sort(dim=-1, descending=True).values
+    before_n1 = (upto_nB - falling_nB).gather(-1, at_n1)
+    last = ((before_n1 + inside_nM.cumsum(-1) - inside_nM < bound_n1).sum(-1, keepdim=True) - 1).clamp(min=0)
+    value = inside_nM.gather(-1, last.clamp(max=inside_nM.shape[-1] - 1))
+    return value, (value > 0)[:, 0] & (last + 1 == (inside_nM >= value).sum(-1, keepdim=True))[:, 0]
 
 
 def log_probability(
