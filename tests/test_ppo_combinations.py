@@ -22,6 +22,7 @@ from steelyard.baselines import BaselineConfig, read_baselines, sample_baselines
 from steelyard.data.encode import Tree
 from steelyard.errors import InputError
 from steelyard.models.reward import RewardModel
+from steelyard.recipe import build
 from steelyard.rollout import Rollouts
 from steelyard.sampling import Sample, SamplingConfig, sample
 from steelyard.settings import parse
@@ -224,6 +225,14 @@ def test_what_makes_no_sense_is_refused_with_its_reason(name: str, base: dict[st
     with pytest.raises(InputError, match=reason):
         train_ppo(PPOConfig.model_validate(base | {"reward": "plain"} | changes), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [3, [1], {"a": "b"}])
+def test_what_are_no_paths_is_refused_in_one_line(wrong: Any) -> None:
+    settings = {"policy": "p", "prompts": "q", "reward_model": "r", "baselines": wrong}
+    with pytest.raises(InputError) as refused:
+        build(PPOConfig, "ppo", settings)
+    assert str(refused.value) == f"ppo.baselines: must be a path, or a list of paths, got {wrong!r}"
 
 
 def totals(rollouts: Rollouts, paid: Tensor, kl_coef: float) -> np.ndarray:

@@ -14,9 +14,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 def _paths(value: Any) -> Any:
     # Before the union is tried: its own error speaks of every branch, by the name of its type.
-    if isinstance(value, str) or (
-        isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
-    ):
+    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)):
         return value
     raise ValueError(f"must be a path, or a list of paths, got {value!r}")
 
