@@ -354,7 +354,9 @@ def test_where_the_largest_do_not_reach_a_bin_is_sorted_instead_of_everything(mo
         found = cut_nucleus(torch.from_numpy(rows), top_p).numpy()
         for row, cut in zip(rows, found, strict=True):
             assert set(np.nonzero(cut)[0].tolist()) == reference_nucleus(row.astype(np.float64), top_p)
+            assert torch.equal(cut_nucleus(torch.from_numpy(row)[None], top_p)[0], torch.from_numpy(cut)), "company"
     assert 0 < max(sorted_sizes) < 300, "a bin holds an eighth of a power of 2"
+    assert np.array_equal(cut_nucleus(torch.from_numpy(rows).double(), top_p).numpy(), found), "float64: by a sort"
 
 
 def test_rows_without_a_finite_sum_do_not_disturb_the_nucleus_of_others() -> None:

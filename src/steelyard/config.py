@@ -64,6 +64,12 @@ class Config(BaseModel):
         return {n for n, field in fields.items() if getattr(self, n) != field.get_default(call_default_factory=True)}
 
 
+def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` settings over the `shared` ones, section by section."""
+    both = {n: merged(shared[n], v) for n, v in own.items() if isinstance(v, dict) and isinstance(shared.get(n), dict)}
+    return {**shared, **own, **both}
+
+
 @functools.cache
 def fastest_precision(device: str) -> str:
     """`bfloat16` if a layer's products (forward, both gradients) take less than .8 of float32's time, measured here and

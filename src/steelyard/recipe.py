@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, Device, explain
+from steelyard.config import Config, Device, explain, merged
 from steelyard.data.load import OnInvalid
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
@@ -122,12 +122,6 @@ def strength_config(recipe: Recipe, scoring: Scoring, *, data: str, model: str) 
     if scoring == "in-sample" and "out-of-fold" in recipe.scorings:
         settings.pop("folds", None)
     return build(StrengthConfig, "strength", settings, data=data, model=model, scoring=scoring)
-
-
-def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Settings:
-    """An arm's `own` settings over the `shared` ones, section by section."""
-    both = {n: merged(shared[n], v) for n, v in own.items() if isinstance(v, dict) and isinstance(shared.get(n), dict)}
-    return {**shared, **own, **both}
 
 
 def repair_arm(where: str, settings: Mapping[str, Any]) -> tuple[RepairOptions, Settings]:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from steelyard import ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, Device, explain
+from steelyard.config import Config, Device, explain, merged
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
 from steelyard.evaluate.rounds import GOLD, JUDGE, Keep
@@ -146,16 +146,10 @@ def _build(kind: type[C], where: str, settings: Mapping[str, Any], defaults: Set
     """A stage's settings from a section. Raises InputError naming section and field."""
     if clash := set(settings) & set(filled):
         raise InputError(f"{where}: {', '.join(sorted(clash))} is filled in by the rounds; leave it out")
-    # A section in a section, such as sampling, keeps what only the defaults say.
-    inner = {n: {**defaults[n], **v} for n, v in settings.items() if _both_sections(defaults.get(n), v)}
     try:
-        return kind(**{**defaults, **settings, **inner, **filled})
+        return kind(**{**merged(defaults, settings), **filled})
     except ValidationError as error:
         raise InputError(explain(error, lambda field: f"{where}.{field}")) from None
-
-
-def _both_sections(*values: object) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
 
 
 def seed_of(config: RoundsConfig, number: int) -> int:

@@ -126,9 +126,11 @@ def cut_nucleus(weights_RV: Float[Tensor, "R V"], top_p: float) -> Float[Tensor,
     bound_R1 = top_p * weights_RV.sum(-1, keepdim=True)
     least_R1 = weights_RV.new_zeros(R, 1)
     rest = torch.arange(R, device=weights_RV.device)
-    # On a GPU sums into bins come in no fixed order, and sorting is cheap.
-    ways = [_least_of_largest] + ([_least_by_bins] if weights_RV.device.type == "cpu" else [])
-    for way in ways if V > _LARGEST else []:
+    ways = [_least_of_largest] if V > _LARGEST else []
+    # Bins are of float32's bits. On a GPU sums into them come in no fixed order, and sorting is cheap.
+    if ways and weights_RV.device.type == "cpu" and weights_RV.dtype == torch.float32:
+        ways.append(_least_by_bins)
+    for way in ways:
         if len(rest):
             value, found = way(weights_RV[rest], bound_R1[rest])
             least_R1[rest[found]] = value[found]
@@ -171,8 +173,10 @@ def _least_by_bins(
     inside_nM[row_L, torch.arange(len(row_L)) - (counts_n.cumsum(0) - counts_n)[row_L]] = weights_nV[row_L, column_L]
     inside_nM = inside_nM.sort(dim=-1, descending=True).values
     before_n1 = (upto_nB - falling_nB).gather(-1, at_n1)
-    last = ((before_n1 + inside_nM.cumsum(-1) - inside_nM < bound_n1).sum(-1, keepdim=True) - 1).clamp(min=0)
-    value = inside_nM.gather(-1, last.clamp(max=inside_nM.shape[-1] - 1))
+    last = (before_n1 + inside_nM.cumsum(-1) - inside_nM < bound_n1).sum(-1, keepdim=True)
+    # Where rounding leaves a whole bin below the bound that it reached, the padding, other rows' doing, must not count.
+    last = (torch.minimum(last, counts_n[:, None]) - 1).clamp(min=0)
+    value = inside_nM.gather(-1, last)
     return value, (value > 0)[:, 0] & (last + 1 == (inside_nM >= value).sum(-1, keepdim=True))[:, 0]
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from steelyard import measure, ppo_settings
 from steelyard.baselines import BaselineConfig
-from steelyard.config import Config, Device, Seed
+from steelyard.config import Config, Device, Seed, merged
 from steelyard.denoise import RepairOptions
 from steelyard.errors import InputError
 from steelyard.evaluate.policy import PolicyEvaluationConfig
@@ -24,7 +24,6 @@ from steelyard.recipe import (
     Settings,
     build,
     folder_names,
-    merged,
     repair_arm,
     reward_config,
     sft_config,

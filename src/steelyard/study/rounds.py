@@ -15,12 +15,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from steelyard import iterate
-from steelyard.config import Config, Device, Seed
+from steelyard.config import Config, Device, Seed, merged
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import compare_arms
 from steelyard.iterate import run_rounds
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import Recipe, Settings, build, check, merged, world_config
+from steelyard.recipe import Recipe, Settings, build, check, world_config
 from steelyard.rounds_settings import RoundsConfig, check_settings
 from steelyard.stages import GOLD, Files, prepare, sft
 from steelyard.study.arms import require_arms

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from steelyard.config import Config, Device, Seed
+from steelyard.config import Config, Device, Seed, merged
 from steelyard.data.distinct import tokens_of
 from steelyard.data.encode import Encoder
 from steelyard.data.load import load_preferences
@@ -27,7 +27,7 @@ from steelyard.members.lora import require_peft
 from steelyard.members.run import prepare as prepare_members
 from steelyard.members.run import shared_tokens
 from steelyard.parallel import default_workers, run_jobs
-from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names, merged
+from steelyard.recipe import DataConfig, Recipe, Settings, build, distinct_names
 from steelyard.recipe import check as check_recipe
 from steelyard.run_dir import write_json_atomic
 from steelyard.stages import Files, prepare, sft
