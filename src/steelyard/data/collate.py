@@ -59,11 +59,6 @@ class AttentionBlock:
         return self.queries_nQ.flatten()[numbers], numbers
 
     @functools.cached_property
-    def gradients_nQ(self) -> Int[Tensor, "n Q"]:
-        """`queries_nQ` below a first row of zeros, which is the padded places'."""
-        return torch.where(self.real_nQ, self.queries_nQ + 1, 0)
-
-    @functools.cached_property
     def open(self) -> int:
         """The first keys, so many, are seen by every query."""
         hidden = ~self.attend_nQS.flatten(0, 1).all(0)

@@ -41,9 +41,6 @@ def tree_attention(
     return out
 
 
-Places = Literal["queries_nQ", "keys_nS", "gradients_nQ"]
-
-
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,48 +52,38 @@ class _TreeAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         out = torch.empty_like(query)
-        lse_QH = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        lse = []
         for block in blocks:
             q, k, v = _at(query, block, "queries_nQ"), _at(key, block, "keys_nS"), _at(value, block, "keys_nS")
             o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
             )
             _put(out, block, o.transpose(1, 2).reshape(-1, *out.shape[1:]))
-            _put(lse_QH, block, log_sum.transpose(1, 2).reshape(-1, out.shape[1]))
-        ctx.save_for_backward(query, key, value, out, lse_QH)
+            lse.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        query, key, value, out, lse_QH = ctx.saved_tensors
-        # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are
-        # taken inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of
-        # p, goes into the row's gradient. The first row, of zeros, is that of padded queries: nothing flows from them.
-        delta_QH = (g.to(lse_QH.dtype) * out).sum(-1)
-        rounded_QH = lse_QH.to(query.dtype)
-        if rounded_QH.dtype != lse_QH.dtype:
-            lost_QH = torch.exp(rounded_QH - lse_QH)
-            delta_QH, g = delta_QH * lost_QH, g * lost_QH[..., None]
-        grad = query.new_zeros(len(query) + 1, *query.shape[1:])
-        grad[1:] = g
-        taken = query.new_zeros(*grad.shape[:2], 2)  # from the exponents, and from the gradients of p
-        taken[1:, :, 0], taken[1:, :, 1] = -rounded_QH, -delta_QH
+        query, key, value, out, *lse = ctx.saved_tensors
         # Contiguous, whatever the query's layout: rows of heads are added to.
         dq = query.new_zeros(query.shape)
         dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
-        for block in ctx.blocks:
-            _block_backward(grad, taken, query, key, value, block, ctx.scale, (dq, dk, dv))
+        delta_TH = (g.float() * out.float()).sum(-1)
+        for block, log_sum in zip(ctx.blocks, lse, strict=True):
+            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
         return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
 
 
 def _block_backward(
-    grad: Tensor,
-    taken: Tensor,
+    g: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    delta_TH: Tensor,
+    lse_nHQ: Tensor,
     block: AttentionBlock,
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
@@ -106,20 +93,33 @@ def _block_backward(
     S = block.keys_nS.shape[1]
     H, d = query.shape[1:]
     G = key.shape[1]
-    q = _at(query, block, "queries_nQ").view(n * G, -1, d)
-    g = _at(grad, block, "gradients_nQ").view(n * G, -1, d)
-    log_sum, delta = _at(taken, block, "gradients_nQ").view(n * G, -1, 2).split(1, -1)
+
+    def column(x_nHQ: Tensor) -> Tensor:
+        return x_nHQ.reshape(n * G, -1, 1)
+
+    q, grad = (_at(x, block, "queries_nQ").view(n * G, -1, d) for x in (query, g))
     k, v = (_at(x, block, "keys_nS").view(n * G, S, d) for x in (key, value))
+    # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
+    # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
+    # into the row's gradient. Padded queries have none, so nothing flows from them.
+    lse, delta = column(lse_nHQ), column(_at(delta_TH[..., None], block, "queries_nQ"))
+    rounded = lse.to(query.dtype)
+    exact = rounded.dtype == lse.dtype
+    if not exact or block.written_m[1] is not None:
+        lost = column(block.real_nQ[:, None].expand(n, H, Q)).to(lse.dtype)
+        lost = lost if exact else lost * torch.exp(rounded.float() - lse)
+        delta, grad = delta * lost, (grad * lost).to(query.dtype)
+    delta = delta.to(query.dtype)
     # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and than the
     # exponential of very small numbers.
-    p = torch.baddbmm(log_sum, q, k.transpose(1, 2), alpha=scale).exp_().clamp_max_(torch.finfo(query.dtype).max)
+    p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_().clamp_max_(torch.finfo(query.dtype).max)
     p.view(n, H, Q, S)[..., block.open :].mul_(_seen(block, p.dtype)[:, None])
-    ds = torch.baddbmm(delta, g, v.transpose(1, 2)).mul_(p)
+    ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
     dq, dk, dv = into
     dq.view(-1, d).index_add_(0, _rows(block, "queries_nQ", H), torch.bmm(ds, k).mul_(scale).view(-1, d))
     of_keys = _rows(block, "keys_nS", G)
     q.mul_(scale)  # a copy of its own, for dk
-    for target, left, right in ((dk, ds, q), (dv, p, g)):
+    for target, left, right in ((dk, ds, q), (dv, p, grad)):
         target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
 
 
@@ -131,7 +131,7 @@ def _once(block: AttentionBlock, name: str, of: object, make: Callable[[], Tenso
     return found
 
 
-def _rows(block: AttentionBlock, of: Places, heads: int) -> Tensor:
+def _rows(block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"], heads: int) -> Tensor:
     """Numbers of the rows of a (T heads, d) view at these places of the block, heads before places: (n heads L)."""
 
     def number() -> Tensor:
@@ -140,7 +140,7 @@ def _rows(block: AttentionBlock, of: Places, heads: int) -> Tensor:
     return _once(block, of, heads, number)
 
 
-def _at(x_THd: Tensor, block: AttentionBlock, of: Places) -> Tensor:
+def _at(x_THd: Tensor, block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"]) -> Tensor:
     """(n, H, L, d): what stands at these places of the block, heads first."""
     (n, L), (_, H, d) = getattr(block, of).shape, x_THd.shape
     return x_THd.reshape(-1, d).index_select(0, _rows(block, of, H)).view(n, H, L, d)
