@@ -214,6 +214,21 @@ def test_every_accuracy_follows_from_the_stored_scores(whole: Path) -> None:
     for row in found["controls"]:
         assert row["seeds"] == pytest.approx(by_arm["drop", row["set"]] - by_arm["drop, shuffled", row["set"]])
         assert row["low"] <= row["value"] <= row["high"]
+    texts = {r["id"]: len(r["chosen"]) - len(r["rejected"]) for r in rows_of(run / "validation/original.jsonl")}
+    seen = set()
+    for row in (r for r in found["arms_by_length"] if r["arm"] == "plain"):
+        kept = load_preferences(run / f"validation/{row['set']}.jsonl").preferences
+        longer = {p.id: len(p.chosen) - len(p.rejected) for p in kept}
+        wanted = {i for i, more in longer.items() if (more > 0 if row["better"] == "longer" else more < 0)}
+        assert row["n"] == len(wanted) > 0
+        for seed, value in enumerate(row["seeds"]):
+            stored = np.load(run / f"models/all/9-steps/seed-{seed}/scores.npz")
+            first = dict(zip(stored["ids"].tolist(), stored["scores"][:, 0] > stored["scores"][:, 1], strict=True))
+            # Of unequal texts, the same length difference means the same label.
+            assert value == pytest.approx(np.mean([first[i] == (texts[i] == longer[i]) for i in wanted]))
+        seen.add((row["set"], row["better"]))
+    assert seen == {(n, b) for n in ("original", "relabelled", "agreement") for b in ("longer", "shorter")}
+    assert {r["arm"] for r in found["arms_by_length"]} == {r["arm"] for r in found["arms"]}
     for row in found["bands"]:
         steps = found["compute"][[c["analysis"] for c in found["compute"]].index("bands")]["steps"]
         folders = [run / "models" / f"band-{row['band']:02d}" / f"{steps}-steps" / f"seed-{s}" for s in (0, 1)]
@@ -567,13 +582,13 @@ def test_the_report_shows_every_analysis(whole: Path, tmp_path: Path) -> None:
         "Arms less plain training", "One band of strength alone", "Growing the training set",
         "Flipping the weakest bands", "Soft labels and margins within a band", "4 validation segments over steps",
         "Reward inflation", "Equal compute", "cf. Figs. 21, 22", "cf. Fig. 20", "cf. Fig. 4",
-        "with an interval that excludes 0", "Arms less their own controls",
+        "with an interval that excludes 0", "Arms less their own controls", "Arms by length",
     ):  # fmt: skip
         assert words in page, words
     part = tmp_path / "run"
     shutil.copytree(whole / "run", part, ignore=shutil.ignore_patterns("models", "sets", "data"))
     found = json.loads((part / "study.json").read_text())
-    for name in ("arms", "findings", "segments", "growth"):
+    for name in ("arms", "arms_by_length", "findings", "segments", "growth"):
         del found[name]
     (part / "study.json").write_text(json.dumps(found))
     page = build_report(part).read_text()

@@ -82,6 +82,13 @@ class ArmRow(Accuracy):
     reward_std: float | None = None
 
 
+class LengthRow(Accuracy):
+    """One arm on the pairs of a set whose better response is the longer, or the shorter, one."""
+
+    arm: str
+    better: str
+
+
 class ControlRow(Difference):
     """Accuracy of one arm less that of its own control, on one set."""
 
@@ -151,4 +158,5 @@ class DataStudyFile(Record):
     inflation: list[InflationRow] = Field(default_factory=list)
     arms: list[ArmRow] = Field(default_factory=list)
     findings: list[str] = Field(default_factory=list)
+    arms_by_length: list[LengthRow] = Field(default_factory=list)
     controls: list[ControlRow] = Field(default_factory=list)

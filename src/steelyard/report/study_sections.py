@@ -29,6 +29,7 @@ from steelyard.report.data_study_records import (
     ControlRow,
     DataStudyFile,
     InflationRow,
+    LengthRow,
     Segments,
     TreatmentRow,
 )
@@ -58,6 +59,8 @@ def arms_section(run: Run) -> Section | None:
         Figure("Arms less plain training", reading, dots, mirrors="Fig. 8"),
         _arms_table(study.arms, " ".join(study.findings)),
     ]
+    if study.arms_by_length:
+        blocks.append(_lengths_table(study.arms_by_length))
     if study.controls:
         blocks.append(_controls_table(study.controls))
     return Section("arms", "Repairs against plain training", _compute_words(study), blocks)
@@ -157,6 +160,21 @@ def _arms_table(rows: Sequence[ArmRow], findings: str) -> Block:
         "interval of the difference holds 0."
     )
     return table("Arms by validation set", columns, cells, note=f"{findings} {note}".strip())
+
+
+def _lengths_table(rows: Sequence[LengthRow]) -> Block:
+    columns = (
+        ("set", None), ("better response", None), ("pairs", count), ("arm", None), ("accuracy", str),
+        ("less plain", str), ("by seed", str), ("verdict", None),
+    )  # fmt: skip
+    cells = [
+        (r.set, r.better, r.n, r.arm, interval(r.value, r.low, r.high), *_difference_cells(r.difference)) for r in rows
+    ]
+    note = (
+        "Better: by the set's label. Length in characters; pairs of equal length are left out. An arm that has only "
+        "learned to prefer length gains where the longer response is the better one, and loses where the shorter is."
+    )
+    return table("Arms by length", columns, cells, note=note)
 
 
 def _controls_table(rows: Sequence[ControlRow]) -> Block:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from steelyard.data.load import load_preferences
 from steelyard.data.split import prompt_key
@@ -49,10 +49,12 @@ class HeldOut:
     """The validation pairs that the models could read, in the order of their scores.
 
     `sets` maps a validation set to (rows, signs): sign -1 means that the set has the label turned. `units` are what the
-    bootstrap draws in each set: prompts, or where these are too few the pairs' responses.
+    bootstrap draws in each set: prompts, or where these are too few the pairs' responses. `longer_N`: by how many
+    characters the response that the original label prefers is the longer one.
     """
 
     ids: list[str]
+    longer_N: Int[np.ndarray, "N"]
     sets: dict[str, tuple[np.ndarray, np.ndarray]]
     units: dict[str, Units]
     prompts: dict[str, int]
@@ -73,7 +75,8 @@ def held_out(validation: Mapping[str, str], ids: Sequence[str]) -> HeldOut:
         held = [by_id[ids[i]] for i in rows]
         units[name] = units_of(held)
         prompts[name] = len({prompt_key(p.prompt) for p in held})
-    return HeldOut(list(ids), sets, units, prompts)
+    longer = [len(by_id[one].chosen) - len(by_id[one].rejected) for one in ids]
+    return HeldOut(list(ids), np.array(longer), sets, units, prompts)
 
 
 def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
@@ -108,8 +111,11 @@ def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
         if study.wants("inflation"):
             found["inflation"] = _inflation(runs)
     if study.wants("arms"):
-        found["arms"] = _arms(study, plan, start, held)
+        rewards, trainings = _arm_rewards(study, plan, start, held)
+        rows = compare(rewards, held, PLAIN)
+        found["arms"] = [r | {"models": trainings[r["arm"]]} | _scale(rewards[r["arm"]], held, r["set"]) for r in rows]
         found["findings"] = findings(found["arms"])
+        found["arms_by_length"] = _by_length(rewards, held)
         found["controls"] = _controls(study, plan, held)
     return found
 
@@ -197,8 +203,10 @@ def _bands_repair(study: DataStudy, plan: Plan, held: HeldOut) -> list[Row]:
     return rows
 
 
-def _arms(study: DataStudy, plan: Plan, start: Input, held: HeldOut) -> list[Row]:
-    """Every arm against plain; scorers that were not trained stand beside every seed's plain model."""
+def _arm_rewards(
+    study: DataStudy, plan: Plan, start: Input, held: HeldOut
+) -> tuple[dict[str, Float[np.ndarray, "S N 2"]], dict[str, int]]:
+    """(the rewards of every arm, how many trainings it takes); an untrained scorer's are the same for every seed."""
     rewards = {arm: read_rewards(plan.folders("arms", arm), held) for arm in study.repair}
     cost = dict.fromkeys(rewards, 1)
     if "ensemble" in study.scorers:
@@ -212,8 +220,20 @@ def _arms(study: DataStudy, plan: Plan, start: Input, held: HeldOut) -> list[Row
         members = [read_rewards(folders, held).mean(0) for folders, _ in plan.averages.values()]
         rewards[WARM_MEAN] = np.stack(members)
         cost[WARM] = cost[WARM_MEAN] = study.warm.members
-    rows = compare(rewards, held, PLAIN)
-    return [r | {"models": cost[r["arm"]]} | _scale(rewards[r["arm"]], held, r["set"]) for r in rows]
+    return rewards, cost
+
+
+def _by_length(rewards: Mapping[str, Float[np.ndarray, "S N 2"]], held: HeldOut) -> list[Row]:
+    """Every arm against plain where the response that a set's label prefers is the longer one, and the shorter one."""
+    rows = []
+    for name, (places, signs) in held.sets.items():
+        longer = held.longer_N[places] * signs
+        for better, taken in (("longer", longer > 0), ("shorter", longer < 0)):
+            if taken.any():
+                values = {arm: correct(r, held, name)[:, taken] for arm, r in rewards.items()}
+                compared = compare_arms(values, clusters=held.units[name].take(taken), control=PLAIN)
+                rows += [{"set": name, "better": better, **row} for row in compared]
+    return rows
 
 
 def _controls(study: DataStudy, plan: Plan, held: HeldOut) -> list[Row]:
@@ -374,6 +394,23 @@ def summary_tables(found: Row) -> list[Row]:
                 "columns": ["arm", *(text for s in sets for text in (s, f"{s}, less {PLAIN}"))],
                 "rows": cells,
                 "note": f"95 % intervals over {over(len(found['seeds']), f'held-out {units}')}; paired bootstrap.",
+            }
+        )
+    if by_length := found.get("arms_by_length"):
+        # One table of the set whose labels are the best known.
+        one = "relabelled" if any(r["set"] == "relabelled" for r in by_length) else "original"
+        by_arm = {}
+        for r in by_length:
+            if r["set"] == one:
+                by_arm.setdefault(r["arm"], {})[r["better"]] = r
+        sides = list(dict.fromkeys(r["better"] for r in by_length if r["set"] == one))
+        counts = {r["better"]: r["n"] for r in by_length if r["set"] == one}
+        made.append(
+            {
+                "title": "Arms by length: accuracy where the better response is the longer one, and the shorter one",
+                "columns": ["arm", *(text for s in sides for text in (f"{s} (n = {counts[s]})", f"less {PLAIN}"))],
+                "rows": [[arm, *(text for s in sides for text in _cells(rows[s]))] for arm, rows in by_arm.items()],
+                "note": f"The set {one}; length in characters; intervals as above.",
             }
         )
     if controls := found.get("controls"):
