@@ -20,13 +20,14 @@ from steelyard.data.export import write_preferences
 from steelyard.data.load import load_preferences
 from steelyard.errors import InputError
 from steelyard.evaluate.seeds import mean_over_seeds
+from steelyard.evaluate.units import Units
 from steelyard.measure import read_scores
 from steelyard.models.reward import RewardModel
 from steelyard.report import build_report
 from steelyard.study import data_sets
 from steelyard.study.data_config import BandsRepairConfig, DataStudy, check
 from steelyard.study.data_models import Job, average, ensemble_scores, load_scores, start_model, train_and_score
-from steelyard.study.data_tables import findings, mean_curve
+from steelyard.study.data_tables import HeldOut, by_length, findings, mean_curve
 from steelyard.train.reward import RewardConfig, train_reward
 from steelyard.types import Preference, Strength
 
@@ -241,6 +242,20 @@ def test_every_accuracy_follows_from_the_stored_scores(whole: Path) -> None:
     # The whole set is one model, wherever it is needed: as plain arm and as the end of both curves.
     wholes = [r["seeds"] for r in found["growth"] if r["fraction"] == 1 and r["set"] == "original"]
     assert wholes == [plain["original"]] * 2
+
+
+def test_a_side_of_one_pair_or_one_prompt_has_no_interval_and_is_left_out() -> None:
+    longer = np.array([3, 1, -2, -1, 0, -4])
+    units = Units.of("prompts", ["a", "a", "b", "c", "d", "e"])
+    everything = (np.arange(6), np.ones(6))
+    one_pair = (np.array([0, 1, 2, 4]), np.ones(4))
+    sets = {"original": everything, "relabelled": one_pair}
+    held = HeldOut([*"uvwxyz"], longer, sets, {n: units.take(rows) for n, (rows, _) in sets.items()}, {})
+    right, wrong = np.tile([1.0, 0.0], (2, 6, 1)), np.tile([0.0, 1.0], (2, 6, 1))
+    found = by_length({"plain": right, "drop": wrong}, held)
+    assert [(r["set"], r["better"], r["arm"], r["n"], r["value"]) for r in found] == [
+        ("original", "shorter", "plain", 3, 1), ("original", "shorter", "drop", 3, 0),
+    ]  # fmt: skip
 
 
 def test_segments_and_inflation_follow_from_the_metrics(whole: Path) -> None:

@@ -115,7 +115,7 @@ def examine_study(study: DataStudy, plan: Plan, start: Input) -> Row:
         rows = compare(rewards, held, PLAIN)
         found["arms"] = [r | {"models": trainings[r["arm"]]} | _scale(rewards[r["arm"]], held, r["set"]) for r in rows]
         found["findings"] = findings(found["arms"])
-        found["arms_by_length"] = _by_length(rewards, held)
+        found["arms_by_length"] = by_length(rewards, held)
         found["controls"] = _controls(study, plan, held)
     return found
 
@@ -223,15 +223,17 @@ def _arm_rewards(
     return rewards, cost
 
 
-def _by_length(rewards: Mapping[str, Float[np.ndarray, "S N 2"]], held: HeldOut) -> list[Row]:
+def by_length(rewards: Mapping[str, Float[np.ndarray, "S N 2"]], held: HeldOut) -> list[Row]:
     """Every arm against plain where the response that a set's label prefers is the longer one, and the shorter one."""
     rows = []
     for name, (places, signs) in held.sets.items():
         longer = held.longer_N[places] * signs
         for better, taken in (("longer", longer > 0), ("shorter", longer < 0)):
-            if taken.any():
+            units = held.units[name].take(taken) if taken.any() else None
+            # One pair, or the pairs of one prompt, have no spread: their interval would be a point that excludes 0.
+            if units is not None and len(units) > 1 and units.count > 1:
                 values = {arm: correct(r, held, name)[:, taken] for arm, r in rewards.items()}
-                compared = compare_arms(values, clusters=held.units[name].take(taken), control=PLAIN)
+                compared = compare_arms(values, clusters=units, control=PLAIN)
                 rows += [{"set": name, "better": better, **row} for row in compared]
     return rows
 
