@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steelyard.data.collate import collate, pack
+from steelyard.data.collate import TreeBatch, collate, fill, pack
 from steelyard.data.encode import Tree
 
 TREES = [Tree((11, 12, 13), ((21, 22), (31, 32, 33))), Tree((41,), ((51,), (61, 62)))]
@@ -31,10 +31,12 @@ def test_places_of_the_tokens_and_of_those_before_them() -> None:
     assert batch.before_BKR[1].tolist() == [[8, 0, 0], [8, 10, 0]]
 
 
-def seen_by_each(trees: list[Tree]) -> dict[int, set[int]]:
+def seen_by_each(batch: TreeBatch) -> dict[int, set[int]]:
     """Query place -> places it sees, read from the blocks; every token must be a query once."""
     seen: dict[int, set[int]] = {}
-    for block in collate(trees, 0).blocks:
+    for block in batch.blocks:
+        assert block.queries_nQ.shape[1] % 8 == 0
+        assert block.keys_nS.shape[1] % 32 == 0
         assert block.attend_nQS[..., : block.open].all()
         assert block.open == block.attend_nQS.shape[-1] or not block.attend_nQS[..., block.open].all()
         places, numbers = block.written_m
@@ -58,7 +60,7 @@ def seen_by_each(trees: list[Tree]) -> dict[int, set[int]]:
 
 
 def test_a_token_sees_the_prompt_and_its_own_response_up_to_itself() -> None:
-    seen = seen_by_each(TREES)
+    seen = seen_by_each(collate(TREES, 0))
     assert [sorted(seen[q]) for q in range(8, 12)] == [[8], [8, 9], [8, 10], [8, 10, 11]]
     assert sorted(seen[7]) == [0, 1, 2, 5, 6, 7]
     assert len(seen) == 12
@@ -72,7 +74,7 @@ lengths_of_trees = st.lists(
 @given(lengths_of_trees)
 def test_blocks_of_any_batch_say_who_sees_whom(lengths: list[tuple[int, list[int]]]) -> None:
     trees = [Tree(tuple(range(1, P + 1)), tuple(tuple(range(1, n + 1)) for n in rs)) for P, rs in lengths]
-    seen = seen_by_each(trees)
+    seen = seen_by_each(collate(trees, 0))
     start = 0
     for P, rs in lengths:
         for i in range(P):
@@ -84,6 +86,18 @@ def test_blocks_of_any_batch_say_who_sees_whom(lengths: list[tuple[int, list[int
             own += n
         start = own
     assert not seen
+
+
+def test_a_filled_row_ends_in_a_tree_that_sees_and_shows_itself_alone() -> None:
+    batch = collate(TREES, 0)
+    filled = fill(batch, 8)
+    assert filled.tokens == len(filled.positions_T) == len(filled.tree_T) == len(filled.branch_T) == 16
+    assert filled.ids_T[:12].tolist() == batch.ids_T.tolist()
+    assert set(filled.tree_T[12:].tolist()) == {2}
+    own = {q: set(range(12, q + 1)) for q in range(12, 16)}
+    assert seen_by_each(filled) == seen_by_each(batch) | own
+    assert filled.last_BK is batch.last_BK
+    assert fill(filled, 8) is filled
 
 
 def test_what_cannot_be_a_tree_is_refused() -> None:

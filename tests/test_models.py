@@ -454,6 +454,24 @@ def test_bfloat16_products_keep_float32_weights_states_and_gradients(family: str
     torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_rows_that_bfloat16_adds_are_nowhere_to_be_seen(family: str, reward_model: Folders) -> None:
+    trunk = RewardModel.load(reward_model(family)).trunk
+    for reads in ("scored", "responses"):
+        batch = collate(TREES, tiny.PAD, reads=reads)  # type: ignore[arg-type]
+        exact, rough = (run_trunk(trunk, batch, p, collect=[0, 1]) for p in ("float32", "bfloat16"))  # type: ignore[arg-type]
+        for a, b in zip(
+            (exact.states_TD, *exact.collected.values()), (rough.states_TD, *rough.collected.values()), strict=True
+        ):
+            assert len(b) == batch.tokens
+            torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
+        read = run_trunk(trunk, batch, "bfloat16", read=reads).states_TD  # type: ignore[arg-type]
+        assert len(read) == (batch.last_BK.numel() if reads == "scored" else batch.tokens)
+        if family != "gpt_neox":
+            upper = run_trunk(trunk, batch, "bfloat16", first=1, states_TD=rough.collected[1]).states_TD
+            torch.testing.assert_close(upper, rough.states_TD)
+
+
 def test_long_texts_are_attended_in_pieces(reward_model: Folders) -> None:
     """Prompts and responses longer than a piece of queries, against plain transformers."""
     folder = reward_model("llama")

@@ -21,12 +21,14 @@ from steelyard.data.encode import Tree
 
 Reads = Literal["scored", "responses"]
 
-# Attention pads the segments of a block to a common shape: at most this many times the entries that are needed.
-_WASTE = 1.15
 # Queries are taken in pieces of this length, so that keys after a piece are not looked at and its probabilities stay
 # in the processor's cache; a block holds at most so many entries per head, for the same reason.
 _PIECE = 64
 _ENTRIES = 65536
+# Attention pads a segment's queries and keys to multiples of these. Few shapes make few blocks, and products in
+# bfloat16 pay a millisecond for every shape that they have not met before.
+_QUERIES = 8
+_KEYS = 32
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,28 @@ def collate(
         at_BKR=tensor(at),
         before_BKR=tensor(before),
         last_BK=tensor(last),
-        blocks=tuple(_block(group) for group in _similar(segments)) if in_blocks else (),
+        blocks=_blocks(segments) if in_blocks else (),
         reads=reads,
         read_n=tensor(read_n),
-        read_blocks=tuple(_renumber(_block(group), read_n) for group in _similar(read)) if in_blocks else (),
+        read_blocks=tuple(_renumber(block, read_n) for block in _blocks(read)) if in_blocks else (),
+    )
+
+
+def fill(batch: TreeBatch, multiple: int) -> TreeBatch:
+    """The batch on a CPU with a tree of its own at the end of the row, which nothing reads: T becomes a multiple."""
+    T = batch.tokens
+    extra = _up(T, multiple) - T
+    if not extra:
+        return batch
+    (own,) = _blocks([_Segment(T, 0, T, 0, extra)])
+    zeros = batch.ids_T.new_zeros(extra)
+    return replace(
+        batch,
+        ids_T=torch.cat([batch.ids_T, zeros]),
+        positions_T=torch.cat([batch.positions_T, zeros]),
+        tree_T=torch.cat([batch.tree_T, zeros + len(batch.last_BK)]),
+        branch_T=torch.cat([batch.branch_T, zeros]),
+        blocks=(*batch.blocks, own),
     )
 
 
@@ -189,25 +209,25 @@ def _pieces(root: int, P: int, start: int, n: int) -> list[_Segment]:
     return [_Segment(root, P, start, i, min(_PIECE, n - i)) for i in range(0, n, _PIECE)]
 
 
-def _similar(segments: Sequence[_Segment]) -> list[list[_Segment]]:
-    """Segments in groups that can be padded to one shape without much waste."""
-    groups: list[list[_Segment]] = []
-    needed = Q = S = 0
+def _blocks(segments: Sequence[_Segment]) -> tuple[AttentionBlock, ...]:
+    """Blocks of segments of one padded shape."""
+    of_shape: dict[tuple[int, int], list[_Segment]] = {}
     for segment in sorted(segments, key=lambda s: (-s.keys, -s.queries, s.start, s.before)):
-        entries = segment.queries * segment.keys
-        padded = max(Q, segment.queries) * max(S, segment.keys) * (len(groups[-1]) + 1) if groups else 0
-        if groups and padded <= min(_WASTE * (needed + entries), _ENTRIES):
-            groups[-1].append(segment)
-            needed, Q, S = needed + entries, max(Q, segment.queries), max(S, segment.keys)
-        else:
-            groups.append([segment])
-            needed, Q, S = entries, segment.queries, segment.keys
-    return groups
+        of_shape.setdefault((_up(segment.queries, _QUERIES), _up(segment.keys, _KEYS)), []).append(segment)
+    blocks = []
+    for (Q, S), those in of_shape.items():
+        n = max(1, _ENTRIES // (Q * S))
+        blocks += [_block(those[i : i + n], Q, S) for i in range(0, len(those), n)]
+    return tuple(blocks)
 
 
-def _block(segments: Sequence[_Segment]) -> AttentionBlock:
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _block(segments: Sequence[_Segment], Q: int, S: int) -> AttentionBlock:
     root, P, start, before, n = (x[:, None] for x in np.array(segments).T)
-    query, key = np.arange(n.max())[None], np.arange((P + before + n).max())[None]
+    query, key = np.arange(Q)[None], np.arange(S)[None]
     # A padded query repeats the segment's last token and sees what that one sees.
     place = before + np.minimum(query, n - 1)
     keys = np.where(key < P, root + key, start + np.minimum(key - P, before + n - 1))

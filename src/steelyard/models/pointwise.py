@@ -40,15 +40,15 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        g = gradients[0].float()
+        (g,) = gradients
         dx = dw = None
+        gx = g * x
         if ctx.needs_input_grad[1]:
-            dw = (g * x).mul_(inverse).sum(0)
+            dw = (inverse.t() @ gx)[0]
         if ctx.needs_input_grad[0]:
             # d/dx of x r w with r = (mean(x^2) + eps)^(-1/2): r (g w) - x r^3 sum(g w x) / D
-            dx = g * weight
-            shrink = torch.linalg.vecdot(dx, x)[:, None] * inverse**3 / x.shape[-1]
-            dx.mul_(inverse).addcmul_(x, shrink, value=-1)
+            shrink = (gx @ weight)[:, None] * inverse**3 / x.shape[-1]
+            dx = (g * weight).mul_(inverse).addcmul_(x, shrink, value=-1)
         return dx, dw, None, None
 
 
@@ -77,8 +77,7 @@ def rotate(
     x_THd: Float[Tensor, "T H d"], cos_Td: Float[Tensor, "T d"], sin_Td: Float[Tensor, "T d"]
 ) -> Float[Tensor, "T H d"]:
     """Rotary positions, halves paired as in Llama (arXiv 2104.09864); computed in float32."""
-    half = x_THd.shape[-1] // 2
-    cos, sin = cos_Td[:, None, :half], sin_Td[:, None, :half]
+    cos, sin = cos_Td[:, None], sin_Td[:, None]
     if not torch.is_grad_enabled():
         return _turn(x_THd, cos, sin)
     y: Tensor = _Rotate.apply(x_THd, cos, sin)
@@ -98,9 +97,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    y = torch.empty_like(x)
-    c, d = y.chunk(2, -1)
-    c.copy_((a * cos).sub_(b * sin))
-    d.copy_((b * cos).add_(a * sin))
-    return y
+    wide = x.float()
+    y = wide * cos
+    half = x.shape[-1] // 2
+    y[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return y.to(x.dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steelyard.data.collate import Reads, TreeBatch
+from steelyard.data.collate import Reads, TreeBatch, fill
 from steelyard.errors import InputError
 from steelyard.models.attention import tree_attention
 from steelyard.models.pointwise import rms_norm, rotate, swiglu
@@ -27,6 +27,8 @@ Precision = Literal["float32", "bfloat16", "auto"]  # auto: configurations put `
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+# A product in bfloat16 takes milliseconds longer where it meets a number of rows for the first time: few are met.
+_ROWS = 64
 _ATTENTION = "steelyard_trees"
 
 
@@ -68,12 +70,32 @@ def run_trunk(
     require_window(trunk, batch)
     _require_known(trunk, batch)
     require_positions(trunk, lambda: int(batch.positions_T.max()) + 1)
+    rows = batch.tokens
+    if precision == "bfloat16" and batch.ids_T.device.type == "cpu":
+        batch = fill(batch, _ROWS)
+        if states_TD is not None:
+            states_TD = F.pad(states_TD, (0, 0, 0, batch.tokens - rows))
     if not in_parts(trunk):
         if first or states_TD is not None or last is not None:
             raise InputError(f"{type(trunk).__name__}: only Llama, Mistral and Qwen style models can be run in parts")
-        whole = _whole(trunk, batch, precision, collect)
-        return TrunkOutput(whole.states_TD[batch.last_BK.flatten()], whole.collected) if read == "scored" else whole
-    parts: Any = trunk
+        output = _whole(trunk, batch, precision, collect)
+        if read == "scored":
+            output = output._replace(states_TD=output.states_TD[batch.last_BK.flatten()])
+    else:
+        output = _in_parts(trunk, batch, precision, first, states_TD, last, collect, read)
+    return TrunkOutput(output.states_TD[:rows], {n: x[:rows] for n, x in output.collected.items()})
+
+
+def _in_parts(
+    parts: Any,
+    batch: TreeBatch,
+    precision: Precision,
+    first: int,
+    states_TD: Tensor | None,
+    last: int | None,
+    collect: Sequence[int],
+    read: Literal["all"] | Reads,
+) -> TrunkOutput:
     depth = len(parts.layers)
     x = parts.embed_tokens(batch.ids_T) if states_TD is None else states_TD
     # bfloat16 tables would put a token's position off by several places.
@@ -88,7 +110,7 @@ def run_trunk(
         if number in collect:
             collected[number] = x
         if not plain:
-            x = _own_code(trunk, layer, x, cos, sin, batch, precision)
+            x = _own_code(parts, layer, x, cos, sin, batch, precision)
             continue
         norm = _norm_of(layer.input_layernorm, precision)
         x = x if rest is None else x + rest
