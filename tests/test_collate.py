@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,9 +40,6 @@ def seen_by_each(batch: TreeBatch) -> dict[int, set[int]]:
         assert block.keys_nS.shape[1] % 32 == 0
         assert block.attend_nQS[..., : block.open].all()
         assert block.open == block.attend_nQS.shape[-1] or not block.attend_nQS[..., block.open].all()
-        places, numbers = block.written_m
-        assert places.tolist() == block.queries_nQ[block.real_nQ].tolist()
-        assert (numbers is None) == block.real_nQ.all()
         for queries, keys, real, attend in zip(
             block.queries_nQ.tolist(),
             block.keys_nS.tolist(),
@@ -56,6 +54,9 @@ def seen_by_each(batch: TreeBatch) -> dict[int, set[int]]:
                 if is_real:
                     assert query not in seen
                     seen[query] = set(visible)
+    queries = torch.cat([block.queries_nQ.flatten() for block in batch.blocks])
+    assert queries[batch.blocks.at_T].tolist() == list(range(batch.tokens))
+    assert batch.blocks.real_m[batch.blocks.at_T].all()
     return seen
 
 

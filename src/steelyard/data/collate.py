@@ -36,9 +36,8 @@ class AttentionBlock:
     """n segments (a piece of a prompt or of a response) whose attention is computed together.
 
     `queries_nQ` and `keys_nS` are places in the flat row; padded places repeat a real one and are False in
-    `real_nQ`, and hidden from every real query by `attend_nQS`. No row of `attend_nQS` is empty.
-
-    What all layers need of it, forward and backward, is derived once and kept: hence no slots.
+    `real_nQ`, and hidden from every real query by `attend_nQS`. No row of `attend_nQS` is empty. The `open` first keys
+    are seen by every query.
     """
 
     queries_nQ: Int[Tensor, "n Q"]
@@ -47,24 +46,33 @@ class AttentionBlock:
     attend_nQS: Bool[Tensor, "n Q S"]
 
     @functools.cached_property
-    def kept(self) -> dict[tuple[str, object], Any]:
-        """What was derived from this block, by name and by what it depends on."""
+    def open(self) -> int:
+        hidden = ~self.attend_nQS.flatten(0, 1).all(0)
+        return int(hidden.float().argmax()) if bool(hidden.any()) else len(hidden)
+
+
+class AttentionBlocks(tuple[AttentionBlock, ...]):
+    """Blocks in which every token that asks is a real query once.
+
+    What all layers need of them, forward and backward, is derived once and kept.
+    """
+
+    @functools.cached_property
+    def kept(self) -> dict[tuple[object, ...], Any]:
+        """What was derived, by name and by what it depends on."""
         return {}
 
     @functools.cached_property
-    def written_m(self) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"] | None]:
-        """(places of the real queries, their numbers among the n Q; None: all are real)."""
-        real = self.real_nQ.flatten()
-        if bool(real.all()):
-            return self.queries_nQ.flatten(), None
-        numbers = real.nonzero().squeeze(-1)
-        return self.queries_nQ.flatten()[numbers], numbers
+    def real_m(self) -> Bool[Tensor, "m"]:
+        """Of all queries of all blocks, one after the other, those that are not padding."""
+        return torch.cat([block.real_nQ.flatten() for block in self])
 
     @functools.cached_property
-    def open(self) -> int:
-        """The first keys, so many, are seen by every query."""
-        hidden = ~self.attend_nQS.flatten(0, 1).all(0)
-        return int(hidden.float().argmax()) if bool(hidden.any()) else len(hidden)
+    def at_T(self) -> Int[Tensor, "T"]:
+        """The number of each token among these queries."""
+        numbers = self.real_m.nonzero().squeeze(-1)
+        places = torch.cat([block.queries_nQ.flatten() for block in self])[numbers]
+        return torch.empty_like(places).index_copy_(0, places, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +99,10 @@ class TreeBatch:
     at_BKR: Int[Tensor, "B K R"]
     before_BKR: Int[Tensor, "B K R"]
     last_BK: Int[Tensor, "B K"]
-    blocks: tuple[AttentionBlock, ...]
+    blocks: AttentionBlocks
     reads: Reads
     read_n: Int[Tensor, "n"]
-    read_blocks: tuple[AttentionBlock, ...]
+    read_blocks: AttentionBlocks
 
     @property
     def tokens(self) -> int:
@@ -166,10 +174,10 @@ def collate(
         at_BKR=tensor(at),
         before_BKR=tensor(before),
         last_BK=tensor(last),
-        blocks=_blocks(segments) if in_blocks else (),
+        blocks=AttentionBlocks(_blocks(segments) if in_blocks else ()),
         reads=reads,
         read_n=tensor(read_n),
-        read_blocks=tuple(_renumber(block, read_n) for block in _blocks(read)) if in_blocks else (),
+        read_blocks=AttentionBlocks(_renumber(block, read_n) for block in (_blocks(read) if in_blocks else ())),
     )
 
 
@@ -187,7 +195,7 @@ def fill(batch: TreeBatch, multiple: int) -> TreeBatch:
         positions_T=torch.cat([batch.positions_T, zeros]),
         tree_T=torch.cat([batch.tree_T, zeros + len(batch.last_BK)]),
         branch_T=torch.cat([batch.branch_T, zeros]),
-        blocks=(*batch.blocks, own),
+        blocks=AttentionBlocks((*batch.blocks, own)),
     )
 
 
@@ -209,7 +217,7 @@ def _pieces(root: int, P: int, start: int, n: int) -> list[_Segment]:
     return [_Segment(root, P, start, i, min(_PIECE, n - i)) for i in range(0, n, _PIECE)]
 
 
-def _blocks(segments: Sequence[_Segment]) -> tuple[AttentionBlock, ...]:
+def _blocks(segments: Sequence[_Segment]) -> list[AttentionBlock]:
     """Blocks of segments of one padded shape."""
     of_shape: dict[tuple[int, int], list[_Segment]] = {}
     for segment in sorted(segments, key=lambda s: (-s.keys, -s.queries, s.start, s.before)):
@@ -218,7 +226,7 @@ def _blocks(segments: Sequence[_Segment]) -> tuple[AttentionBlock, ...]:
     for (Q, S), those in of_shape.items():
         n = max(1, _ENTRIES // (Q * S))
         blocks += [_block(those[i : i + n], Q, S) for i in range(0, len(those), n)]
-    return tuple(blocks)
+    return blocks
 
 
 def _up(n: int, to: int) -> int:

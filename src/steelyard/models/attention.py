@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from steelyard.data.collate import AttentionBlock, TreeBatch
+from steelyard.data.collate import AttentionBlocks, TreeBatch
+
+Made = TypeVar("Made")
 
 
 def tree_attention(
@@ -42,124 +44,129 @@ def tree_attention(
 
 
 class _TreeAttention(torch.autograd.Function):
+    """Rows of all blocks are fetched at once, one block's behind another's: few operations, each of some size."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        blocks: tuple[AttentionBlock, ...],
-        scale: float,
-    ) -> Tensor:
-        out = torch.empty_like(query)
-        lse = []
-        for block in blocks:
-            q, k, v = _at(query, block, "queries_nQ"), _at(key, block, "keys_nS"), _at(value, block, "keys_nS")
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, scale: float) -> Tensor:
+        _, H, d = query.shape
+        G = key.shape[1]
+        q, k, v = _fetch(query, blocks, "queries_nQ"), _fetch(key, blocks, "keys_nS"), _fetch(value, blocks, "keys_nS")
+        rows = zip(_each(q, blocks, "queries_nQ", H), *(_each(x, blocks, "keys_nS", G) for x in (k, v)), strict=True)
+        out, lse = [], []
+        for (q, k, v), bias in zip(rows, _biases(blocks, query.dtype), strict=True):
             o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, False, attn_mask=_bias(block, q.dtype), scale=scale
+                q, k, v, 0.0, False, attn_mask=bias, scale=scale
             )
-            _put(out, block, o.transpose(1, 2).reshape(-1, *out.shape[1:]))
-            lse.append(log_sum)
-        ctx.save_for_backward(query, key, value, out, *lse)
+            out.append(o.transpose(1, 2).reshape(-1, H, d))
+            lse.append(log_sum.flatten())
+        y = torch.cat(out).index_select(0, blocks.at_T)
+        ctx.save_for_backward(query, key, value, y, torch.cat(lse))
         ctx.blocks, ctx.scale = blocks, scale
-        return out
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        query, key, value, out, *lse = ctx.saved_tensors
-        # Contiguous, whatever the query's layout: rows of heads are added to.
-        dq = query.new_zeros(query.shape)
-        dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
-        delta_TH = (g.float() * out.float()).sum(-1)
-        for block, log_sum in zip(ctx.blocks, lse, strict=True):
-            _block_backward(g, query, key, value, delta_TH, log_sum, block, ctx.scale, (dq, dk, dv))
-        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        blocks, (_, H, d), G, dtype = ctx.blocks, query.shape, key.shape[1], query.dtype
+        q, grad = _fetch(query, blocks, "queries_nQ"), _fetch(g, blocks, "queries_nQ")
+        k, v = _fetch(key, blocks, "keys_nS"), _fetch(value, blocks, "keys_nS")
+        # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are
+        # taken inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of
+        # p, goes into the row's gradient. Padded queries have none, so nothing flows from them.
+        rounded = lse.to(dtype)
+        kept = _real(blocks, H) * torch.exp(rounded.float() - lse)
+        grad = grad.mul_(kept[:, None])
+        delta = _fetch((g.float() * out.float()).sum(-1, keepdim=True), blocks, "queries_nQ").mul_(kept[:, None])
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        # Heads of a group are stacked along the queries, so that keys are used as they are.
+        of_queries = (q, grad, -rounded[:, None], -delta.to(dtype), dq)
+        of_keys = (k, v, dk, dv)
+        for block, (q_, g_, lse_, delta_, dq_), (k_, v_, dk_, dv_), seen in zip(
+            blocks,
+            zip(*(_each(x, blocks, "queries_nQ", H, G) for x in of_queries), strict=True),
+            zip(*(_each(x, blocks, "keys_nS", G, G) for x in of_keys), strict=True),
+            _seen(blocks, dtype),
+            strict=True,
+        ):
+            # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and
+            # than the exponential of very small numbers.
+            p = torch.baddbmm(lse_, q_, k_.mT, alpha=ctx.scale).exp_().clamp_max_(torch.finfo(dtype).max)
+            p.view(len(seen), H, seen.shape[2], -1)[..., block.open :].mul_(seen)
+            ds = torch.baddbmm(delta_, g_, v_.mT).mul_(p)
+            torch.bmm(ds, k_, out=dq_)
+            torch.bmm(ds.mT, q_, out=dk_)
+            torch.bmm(p.mT, g_, out=dv_)
+        dq = dq.index_select(0, _back(blocks, H)).mul_(ctx.scale)
+        dk, dv = (
+            torch.zeros(len(key) * G, d).index_add_(0, _numbers(blocks, "keys_nS", G), x.float()) for x in (dk, dv)
+        )
+        return dq.view(query.shape), *(x.view(key.shape).to(dtype) for x in (dk.mul_(ctx.scale), dv)), None, None
 
 
-def _block_backward(
-    g: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta_TH: Tensor,
-    lse_nHQ: Tensor,
-    block: AttentionBlock,
-    scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Add one block's gradients. Heads of a group are stacked along the queries, so that keys are used as they are."""
-    n, Q = block.queries_nQ.shape
-    S = block.keys_nS.shape[1]
-    H, d = query.shape[1:]
-    G = key.shape[1]
-
-    def column(x_nHQ: Tensor) -> Tensor:
-        return x_nHQ.reshape(n * G, -1, 1)
-
-    q, grad = (_at(x, block, "queries_nQ").view(n * G, -1, d) for x in (query, g))
-    k, v = (_at(x, block, "keys_nS").view(n * G, S, d) for x in (key, value))
-    # p = exp(scale q k' - lse), ds = p (g v' - delta), delta = sum(g o) (arXiv 2205.14135). The differences are taken
-    # inside the products, before they are rounded; what lse itself loses to rounding, a factor of each row of p, goes
-    # into the row's gradient. Padded queries have none, so nothing flows from them.
-    lse, delta = column(lse_nHQ), column(_at(delta_TH[..., None], block, "queries_nQ"))
-    rounded = lse.to(query.dtype)
-    exact = rounded.dtype == lse.dtype
-    if not exact or block.written_m[1] is not None:
-        lost = column(block.real_nQ[:, None].expand(n, H, Q)).to(lse.dtype)
-        lost = lost if exact else lost * torch.exp(rounded.float() - lse)
-        delta, grad = delta * lost, (grad * lost).to(query.dtype)
-    delta = delta.to(query.dtype)
-    # What a query does not see may be infinite here; multiplying is much quicker than filling in zeros, and than the
-    # exponential of very small numbers.
-    p = torch.baddbmm(-rounded, q, k.transpose(1, 2), alpha=scale).exp_().clamp_max_(torch.finfo(query.dtype).max)
-    p.view(n, H, Q, S)[..., block.open :].mul_(_seen(block, p.dtype)[:, None])
-    ds = torch.baddbmm(-delta, grad, v.transpose(1, 2)).mul_(p)
-    dq, dk, dv = into
-    dq.view(-1, d).index_add_(0, _rows(block, "queries_nQ", H), torch.bmm(ds, k).mul_(scale).view(-1, d))
-    of_keys = _rows(block, "keys_nS", G)
-    q.mul_(scale)  # a copy of its own, for dk
-    for target, left, right in ((dk, ds, q), (dv, p, grad)):
-        target.view(-1, d).index_add_(0, of_keys, torch.bmm(left.transpose(1, 2), right).view(-1, d).float())
+def _fetch(x_THd: Tensor, blocks: AttentionBlocks, of: Literal["queries_nQ", "keys_nS"]) -> Tensor:
+    """(m, d): what stands at the places of all blocks, in each block heads before places."""
+    _, H, d = x_THd.shape
+    return x_THd.reshape(-1, d).index_select(0, _numbers(blocks, of, H))
 
 
-def _once(block: AttentionBlock, name: str, of: object, make: Callable[[], Tensor]) -> Tensor:
+def _each(
+    x_md: Tensor, blocks: AttentionBlocks, of: Literal["queries_nQ", "keys_nS"], heads: int, groups: int | None = None
+) -> list[Tensor]:
+    """The rows of each block: (n, H, L, d), or with `groups` (n G, H / G L, d)."""
+    shapes = [getattr(block, of).shape for block in blocks]
+    parts = x_md.split([n * heads * L for n, L in shapes])
+    if groups is not None:
+        return [part.view(n * groups, -1, x_md.shape[-1]) for part, (n, _) in zip(parts, shapes, strict=True)]
+    return [part.view(n, heads, L, -1) for part, (n, L) in zip(parts, shapes, strict=True)]
+
+
+def _once(blocks: AttentionBlocks, name: tuple[object, ...], make: Callable[[], Made]) -> Made:
     """What `make` gives, made for the first layer and kept for all others."""
-    if (name, of) not in block.kept:
-        block.kept[name, of] = make()
-    found: Tensor = block.kept[name, of]
+    if name not in blocks.kept:
+        blocks.kept[name] = make()
+    found: Made = blocks.kept[name]
     return found
 
 
-def _rows(block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"], heads: int) -> Tensor:
-    """Numbers of the rows of a (T heads, d) view at these places of the block, heads before places: (n heads L)."""
+def _numbers(blocks: AttentionBlocks, of: Literal["queries_nQ", "keys_nS"], heads: int) -> Tensor:
+    """Rows of a (T heads, d) view at the places of all blocks, in each block heads before places: (m)."""
 
     def number() -> Tensor:
-        return (getattr(block, of)[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+        each = torch.arange(heads)[:, None]
+        return torch.cat([(getattr(block, of)[:, None] * heads + each).flatten() for block in blocks])
 
-    return _once(block, of, heads, number)
-
-
-def _at(x_THd: Tensor, block: AttentionBlock, of: Literal["queries_nQ", "keys_nS"]) -> Tensor:
-    """(n, H, L, d): what stands at these places of the block, heads first."""
-    (n, L), (_, H, d) = getattr(block, of).shape, x_THd.shape
-    return x_THd.reshape(-1, d).index_select(0, _rows(block, of, H)).view(n, H, L, d)
+    return _once(blocks, (of, heads), number)
 
 
-def _put(out_THd: Tensor, block: AttentionBlock, x_mHd: Tensor) -> None:
-    """Write the real queries' rows to their places."""
-    places, numbers = block.written_m
-    out_THd.index_copy_(0, places, x_mHd if numbers is None else x_mHd.index_select(0, numbers))
+def _back(blocks: AttentionBlocks, heads: int) -> Tensor:
+    """Where each row of a (T heads, d) view stands as a real query: the way back from `_numbers`."""
+
+    def number() -> Tensor:
+        real = _real(blocks, heads).nonzero().squeeze(-1)
+        return torch.empty_like(real).index_copy_(0, _numbers(blocks, "queries_nQ", heads)[real], real)
+
+    return _once(blocks, ("back", heads), number)
 
 
-def _bias(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
-    """(n, 1, Q, S): 0 where a query sees a key, elsewhere the least number."""
-    return _once(block, "bias", dtype, lambda: block.attend_nQS.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None])
+def _real(blocks: AttentionBlocks, heads: int) -> Tensor:
+    """(m): 1 for the rows of real queries, 0 for padding."""
+
+    def find() -> Tensor:
+        return torch.cat([block.real_nQ[:, None].expand(-1, heads, -1).flatten() for block in blocks]).float()
+
+    return _once(blocks, ("real", heads), find)
 
 
-def _seen(block: AttentionBlock, dtype: torch.dtype) -> Tensor:
-    """(n, Q, S - open): 1 where a query sees a key, 0 elsewhere, of the keys that not every query sees."""
-    return _once(block, "seen", dtype, lambda: block.attend_nQS[..., block.open :].to(dtype))
+def _biases(blocks: AttentionBlocks, dtype: torch.dtype) -> list[Tensor]:
+    """(n, 1, Q, S) of each block: 0 where a query sees a key, elsewhere the least number."""
+    least = torch.finfo(dtype).max
+    return _once(blocks, ("bias", dtype), lambda: [b.attend_nQS.to(dtype).sub_(1).mul_(least)[:, None] for b in blocks])
+
+
+def _seen(blocks: AttentionBlocks, dtype: torch.dtype) -> list[Tensor]:
+    """(n, 1, Q, S - open) of each block: 1 where a query sees a key, else 0, of the keys that not all see."""
+    return _once(blocks, ("seen", dtype), lambda: [b.attend_nQS[:, None, :, b.open :].to(dtype) for b in blocks])
 
 
 def _flex(

@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        (g,) = gradients
+        g = gradients[0].float()
         dx = dw = None
         gx = g * x
         if ctx.needs_input_grad[1]:
