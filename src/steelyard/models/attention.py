@@ -1,6 +1,6 @@
 """Attention inside trees: exact, without padding between trees, and with a backward pass of its own.
 
-Every block of a batch holds segments (a prompt, or a response that also sees its prompt) of similar size. On a CPU
+Every block of a batch holds segments (a prompt, or a response that also sees its prompt) of one padded shape. On a CPU
 torch's fused kernel computes the forward pass; its backward is slow there, so the probabilities are computed again
 from the saved log-sum-exp and the five products done as batched matrix products. On a GPU the same rule of who sees
 whom goes to FlexAttention.
