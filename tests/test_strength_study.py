@@ -118,6 +118,8 @@ class TestNumbers:
         part = make(np.ones((2, 2)), [1, -1], scoring="out-of-fold", members=[Cost(1, 1, 1, 1), Cost(3, 3, 3, 1)])
         whole = make(np.ones((2, 2)), [1, -1], members=[Cost(10, 10, 10, 1), Cost(20, 10, 30, 1)])
         assert full_model([part, whole], "full", 0) == Cost(15, 10, 20, 1)
+        shared = make(np.ones((2, 2)), [1, -1], shared=Cost(5, 5, 5, 9), members=whole.members)
+        assert full_model([shared], "full", 0) == Cost(20, 15, 25, 9), "by itself it needs what it shares with others"
         assert full_model([part], "full", 0) == Cost(2, 2, 2, 1)
         assert full_model([part], "lora", 0) is None
 

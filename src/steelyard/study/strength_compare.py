@@ -59,13 +59,13 @@ def compare(runs: Sequence[Run], sizes: Sequence[int], reference: str, *, same_p
 
 
 def full_model(runs: Sequence[Run], reference: str, seed: int) -> Cost | None:
-    """The mean cost of one reference member, training and judging, on all pairs (or as its folds are)."""
+    """The mean cost of one reference member by itself, training and judging, on all pairs (or as its folds are)."""
     found = [r for r in runs if r.backend == reference and r.seed == seed]
     run = next((r for r in found if r.scoring == "in-sample"), found[0] if found else None)
     if run is None:
         return None
     tokens, wall, cpu = (float(np.mean([getattr(c, n) for c in run.members])) for n in ("tokens", "wall", "cpu"))
-    return Cost(tokens, wall, cpu, max(c.memory for c in run.members))
+    return run.shared.plus(Cost(tokens, wall, cpu, max(c.memory for c in run.members)))
 
 
 def quality(run: Run, M: int, whole_N: Float[np.ndarray, "N"] | None) -> dict[str, float | None]:
