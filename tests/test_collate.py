@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from steelyard.data.collate import TreeBatch, collate, fill, pack
 from steelyard.data.encode import Tree
+from steelyard.models import attention
 
 TREES = [Tree((11, 12, 13), ((21, 22), (31, 32, 33))), Tree((41,), ((51,), (61, 62)))]
 
@@ -55,8 +56,9 @@ def seen_by_each(batch: TreeBatch) -> dict[int, set[int]]:
                     assert query not in seen
                     seen[query] = set(visible)
     queries = torch.cat([block.queries_nQ.flatten() for block in batch.blocks])
-    assert queries[batch.blocks.at_T].tolist() == list(range(batch.tokens))
-    assert batch.blocks.real_m[batch.blocks.at_T].all()
+    back = attention._back(batch.blocks, 1)
+    assert queries[back].tolist() == list(range(batch.tokens))
+    assert torch.cat([block.real_nQ.flatten() for block in batch.blocks])[back].all()
     return seen
 
 

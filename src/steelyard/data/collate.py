@@ -62,18 +62,6 @@ class AttentionBlocks(tuple[AttentionBlock, ...]):
         """What was derived, by name and by what it depends on."""
         return {}
 
-    @functools.cached_property
-    def real_m(self) -> Bool[Tensor, "m"]:
-        """Of all queries of all blocks, one after the other, those that are not padding."""
-        return torch.cat([block.real_nQ.flatten() for block in self])
-
-    @functools.cached_property
-    def at_T(self) -> Int[Tensor, "T"]:
-        """The number of each token among these queries."""
-        numbers = self.real_m.nonzero().squeeze(-1)
-        places = torch.cat([block.queries_nQ.flatten() for block in self])[numbers]
-        return torch.empty_like(places).index_copy_(0, places, numbers)
-
 
 @dataclass(frozen=True, slots=True)
 class TreeBatch:

@@ -59,7 +59,7 @@ class _TreeAttention(torch.autograd.Function):
             )
             out.append(o.transpose(1, 2).reshape(-1, H, d))
             lse.append(log_sum.flatten())
-        y = torch.cat(out).index_select(0, blocks.at_T)
+        y = torch.cat(out).index_select(0, _back(blocks, 1))
         ctx.save_for_backward(query, key, value, y, torch.cat(lse))
         ctx.blocks, ctx.scale = blocks, scale
         return y
